@@ -1,0 +1,98 @@
+"""The only custom_vjp of dense attention: residuals, delta, names for rematerialisation.
+
+Source: FlashAttention-2 (Dao 2023), sections 2.2 and 3.1. With ``P = exp(S - lse)`` and
+``delta = rowsum(out * dout) - dlse`` the gradient of the logits is ``dS = P * (dP - delta)``; the
+term ``- dlse`` is all that a differentiable lse takes.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_flash import dispatch
+from pallas_flash.parallel import distributed
+from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.terms import Axes, floating_axes, leaf_axes
+
+Q_AXES = ("batch", "q", "heads", "dim")
+K_AXES = ("batch", "kv", "kv_heads", "dim")
+V_AXES = ("batch", "kv", "kv_heads", "value_dim")
+OUT_AXES = ("batch", "q", "heads", "value_dim")
+LSE_AXES = ("batch", "heads", "q")
+
+
+class Plan(NamedTuple):
+    """What is static in a call beside the operands' shapes and structure."""
+
+    scale: float
+    backend: str | None
+    config: Any
+
+
+def axes_of(operands: Operands) -> list[Axes]:
+    """Named axes of the operands' arrays, in the order of ``jax.tree.leaves``."""
+    terms = leaf_axes(operands.mask) + leaf_axes(operands.score_mod)
+    return [Q_AXES, K_AXES, V_AXES, *terms]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """out [B, Tq, Hq, Dv] and lse [B, Hq, Tq] of checked operands; both differentiable."""
+    leaves, tree = jax.tree.flatten(operands)
+
+    def local(*leaves):
+        operands = jax.tree.unflatten(tree, leaves)
+        spec = AttentionSpec.of(operands, plan.scale)
+        return dispatch.run("forward", spec, plan.backend, plan.config, operands)
+
+    axes_in = axes_of(operands)
+    shared = range(3, len(axes_in))
+    out, lse = distributed(local, axes_in, [OUT_AXES, LSE_AXES], shared=shared)(*leaves)
+    return out, lse
+
+
+def _forward(plan: Plan, operands: Operands):
+    out, lse = attend(plan, operands)
+    # Named here, so that a policy such as save_only_these_names can keep them.
+    out = checkpoint_name(out, "flash_attention_out")
+    lse = checkpoint_name(lse, "flash_attention_lse")
+    return (out, lse), (operands, out, lse)
+
+
+def _backward(plan: Plan, residuals, cotangents):
+    operands, out, lse = residuals
+    dout, dlse = cotangents
+    delta = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=lse.dtype) - dlse
+    leaves, tree = jax.tree.flatten(operands)
+
+    def local(*arrays):
+        *leaves, lse, delta, dout = arrays
+        operands = jax.tree.unflatten(tree, leaves)
+        spec = AttentionSpec.of(operands, plan.scale)
+        dq, dk, dv, d_score_mod = dispatch.run(
+            "backward", spec, plan.backend, plan.config, operands, lse, delta, dout
+        )
+        return dq, dk, dv, *d_score_mod
+
+    axes_in = [*axes_of(operands), LSE_AXES, LSE_AXES, OUT_AXES]
+    axes_out = [Q_AXES, K_AXES, V_AXES, *floating_axes(operands.score_mod)]
+    # Of the terms only the masks: a score mod's array needs a gradient for every mapped call.
+    shared = range(3, 3 + len(leaf_axes(operands.mask)))
+    run = distributed(local, axes_in, axes_out, shared=shared)
+    dq, dk, dv, *d_score_mod = run(*leaves, lse, delta, dout)
+    return (Operands(dq, dk, dv, None, _cotangent(operands.score_mod, d_score_mod)),)
+
+
+def _cotangent(score_mod, gradients: list[jax.Array]):
+    """The score mod with a gradient in place of each floating point array, None elsewhere."""
+    leaves, tree = jax.tree.flatten(score_mod)
+    left = iter(gradients)
+    return jax.tree.unflatten(
+        tree, [next(left) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves]
+    )
+
+
+attend.defvjp(_forward, _backward)

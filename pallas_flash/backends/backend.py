@@ -1,0 +1,40 @@
+"""Backend: a record of functions that compute attention on one kind of device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pallas_flash.spec import AttentionSpec
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute attention. All backends share one meaning and one pair of residuals.
+
+    Fields:
+      name: what users write in ``backend=``.
+      platform: the lowering platform it needs ("cuda"), or None if it runs everywhere.
+      compute_capabilities: the GPUs it runs on, e.g. ("9.0",); empty without a platform.
+      config_type: the frozen class of its configurations.
+      unsupported: the reason why it cannot serve a spec, or None if it can.
+      default_config: a sound configuration for a spec; never searches.
+      forward: ``(spec, config, operands) -> out [B, Tq, Hq, Dv], lse [B, Hq, Tq]``. lse is the
+        natural log of the softmax denominator, float32 (float64 for float64 inputs). A row that
+        may attend to nothing has out = 0 and lse = -inf.
+      backward: ``(spec, config, operands, lse, delta, dout) -> dq, dk, dv, dscore_mod``, in the
+        operands' shapes and dtypes; ``delta = rowsum(out * dout) - dlse`` [B, Hq, Tq] in lse's
+        dtype; dscore_mod is a list with one gradient for each floating point array of the score
+        mod, in the order of ``jax.tree.leaves``.
+
+    Values at keys that no query of a tile may attend to (padding) never reach a result, NaN
+    included.
+    """
+
+    name: str
+    platform: str | None
+    compute_capabilities: tuple[str, ...]
+    config_type: type
+    unsupported: Callable[[AttentionSpec], str | None]
+    default_config: Callable[[AttentionSpec], Any]
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]

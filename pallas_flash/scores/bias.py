@@ -1,0 +1,22 @@
+"""Bias: an array that is added to the scores."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash.scores.score_mod import ScoreMod
+from pallas_flash.terms import operand, term
+
+
+@term
+class Bias(ScoreMod):
+    """``s + array``.
+
+    Args:
+      array: floating point, broadcastable to [B, Hq, Tq, Tkv]; broadcast dimensions are never
+        expanded, and its gradient comes in the same shape and dtype, added up in float32.
+    """
+
+    array: jax.Array = operand("batch", "heads", "q", "kv", dtype=jnp.floating)
+
+    def apply(self, s, q_pos, kv_pos):
+        return s + self.array.astype(s.dtype)

@@ -1,0 +1,32 @@
+"""ScoreMod: an elementwise change of the scaled scores, before the mask and the softmax."""
+
+from typing import Any
+
+from pallas_flash.terms import subterm, term
+
+
+class ScoreMod:
+    """``score -> score``, elementwise; its arrays get true gradients in their own shape.
+
+    A subclass is decorated with `term`, declares its arrays with `operand` and defines `apply`.
+    """
+
+    def apply(self, s: Any, q_pos: Any, kv_pos: Any) -> Any:
+        """The new scores, from scaled scores and int32 positions (from 0), elementwise."""
+        raise NotImplementedError(f"{type(self).__name__} must define apply(s, q_pos, kv_pos)")
+
+
+@term
+class Chain(ScoreMod):
+    """Several score mods, applied from left to right.
+
+    Raises:
+      TypeError: if a part is not a ScoreMod.
+    """
+
+    mods: tuple[ScoreMod, ...] = subterm()
+
+    def apply(self, s, q_pos, kv_pos):
+        for mod in self.mods:
+            s = mod.apply(s, q_pos, kv_pos)
+        return s

@@ -1,0 +1,29 @@
+"""Softcap: scores pressed smoothly into an interval (Gemma 2, Riviere et al. 2024, section 2)."""
+
+import math
+
+import jax.numpy as jnp
+
+from pallas_flash.scores.score_mod import ScoreMod
+from pallas_flash.terms import term
+
+
+@term
+class Softcap(ScoreMod):
+    """``cap * tanh(s / cap)``.
+
+    Args:
+      cap: bound of the scores' absolute value, a positive finite number.
+
+    Raises:
+      ValueError: if `cap` is not positive and finite.
+    """
+
+    cap: float
+
+    def __post_init__(self):
+        if not (self.cap > 0 and math.isfinite(self.cap)):
+            raise ValueError(f"cap={self.cap} must be positive and finite")
+
+    def apply(self, s, q_pos, kv_pos):
+        return self.cap * jnp.tanh(s * (1.0 / self.cap))

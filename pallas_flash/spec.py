@@ -1,0 +1,188 @@
+"""AttentionSpec and Operands: one request for attention, and the only check of user input."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_flash.masks import Mask
+from pallas_flash.scores import ScoreMod
+from pallas_flash.terms import leaf_fields
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """The arrays of a request.
+
+    q: [B, Tq, Hq, D]; k: [B, Tkv, Hkv, D]; v: [B, Tkv, Hkv, Dv]; mask, score_mod: terms or None.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    mask: Mask | None = None
+    score_mod: ScoreMod | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What is static in a request: sizes, dtype, scale and the structure of mask and score mod.
+
+    `mask` and `score_mod` hold ``jax.ShapeDtypeStruct`` in place of arrays.
+    """
+
+    batch: int
+    q_len: int
+    kv_len: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: np.dtype
+    scale: float
+    mask: Mask | None
+    score_mod: ScoreMod | None
+
+    @classmethod
+    def of(cls, operands: Operands, scale: float) -> "AttentionSpec":
+        """The spec of operands that have been checked."""
+        batch, q_len, num_q_heads, head_dim = operands.q.shape
+        _, kv_len, num_kv_heads, value_dim = operands.v.shape
+
+        def describe(tree):
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+        return cls(
+            batch=batch,
+            q_len=q_len,
+            kv_len=kv_len,
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            dtype=operands.q.dtype,
+            scale=scale,
+            mask=describe(operands.mask),
+            score_mod=describe(operands.score_mod),
+        )
+
+    @property
+    def group(self) -> int:
+        """Number of query heads that share a key head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def state_dtype(self) -> np.dtype:
+        """Of scores, running maximum, denominator and accumulators: at least float32."""
+        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+
+
+def make_operands(q, k, v, *, mask, score_mod, scale) -> tuple[Operands, float, bool]:
+    """Checked operands in batch form, the scale, and whether the user gave a batch dimension.
+
+    Raises:
+      TypeError: if mask, score_mod or scale is not of the documented kind.
+      ValueError: if a shape, dtype, head count or scale breaks its rule; the message has both.
+    """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    has_batch = _check_arrays(q, k, v)
+    if not has_batch:
+        q, k, v = q[None], k[None], v[None]
+    scale = _check_scale(scale, q.shape[-1])
+    if mask is not None and not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a Mask such as Causal() or DenseMask(array), got {_kind(mask)}"
+        )
+    if score_mod is not None and not isinstance(score_mod, ScoreMod):
+        raise TypeError(
+            f"score_mod must be a ScoreMod such as Softcap(50.0) or Bias(array), "
+            f"got {_kind(score_mod)}; join several with Chain((first, second))"
+        )
+    sizes = {"batch": q.shape[0], "heads": q.shape[2], "q": q.shape[1], "kv": k.shape[1]}
+    if mask is not None:
+        mask = _canonical(mask.bind(sizes["q"], sizes["kv"]), sizes)
+    score_mod = _canonical(score_mod, sizes)
+    return Operands(q, k, v, mask, score_mod), scale, has_batch
+
+
+def _kind(x: Any) -> str:
+    shape = getattr(x, "shape", None)
+    return f"{type(x).__name__}" + (f" of shape {tuple(shape)}" if shape is not None else "")
+
+
+def _check_arrays(q, k, v) -> bool:
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
+    if q.ndim not in (3, 4) or not q.ndim == k.ndim == v.ndim:
+        raise ValueError(
+            f"q, k and v must all be [batch, length, heads, head_dim] or all "
+            f"[length, heads, head_dim], got {shapes}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v must have one dtype, got q {q.dtype}, k {k.dtype}, v {v.dtype}"
+        )
+    if not jnp.issubdtype(q.dtype, jnp.floating) or q.dtype.itemsize == 1:
+        raise ValueError(f"dtype={q.dtype} must be bfloat16, float16, float32 or float64")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k and v must agree but for their last dimension, got {shapes}")
+    if q.shape[:-3] != k.shape[:-3]:
+        raise ValueError(f"q and k must have the same batch, got {shapes}")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"q and k must have the same head_dim, got {shapes}")
+    if 0 in q.shape + k.shape + v.shape:
+        raise ValueError(f"every dimension must be at least 1, got {shapes}")
+    num_q_heads, num_kv_heads = q.shape[-2], k.shape[-2]
+    if num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"num_q_heads={num_q_heads} must be a multiple of num_kv_heads={num_kv_heads}"
+        )
+    return q.ndim == 4
+
+
+def _check_scale(scale, head_dim: int) -> float:
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, jax.core.Tracer):
+        raise TypeError(
+            "scale must be a number known when the function is traced; multiply q by a traced one"
+        )
+    is_scalar = np.ndim(scale) == 0 and np.issubdtype(np.asarray(scale).dtype, np.number)
+    if not is_scalar or isinstance(scale, complex):
+        raise TypeError(f"scale must be a real number or None, got {_kind(scale)}")
+    scale = float(scale)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale={scale} must be finite")
+    return scale
+
+
+def _canonical(tree, sizes: dict[str, int]):
+    """The term with every array at its full rank, shapes and dtypes checked against the rule."""
+    leaves, treedef = jax.tree.flatten(tree)
+    checked = []
+    for array, field in zip(leaves, leaf_fields(tree), strict=True):
+        array = jnp.asarray(array)
+        if not jnp.issubdtype(array.dtype, field.dtype):
+            raise ValueError(
+                f"{field.name}: dtype={array.dtype} must be {_DTYPE_NAMES[field.dtype]}"
+            )
+        full = tuple(sizes[axis] for axis in field.axes)
+        shape = (1,) * (len(full) - array.ndim) + array.shape
+        fits = len(shape) == len(full)
+        if not fits or any(n not in (1, f) for n, f in zip(shape, full, strict=True)):
+            raise ValueError(
+                f"{field.name}: shape={array.shape} must broadcast to "
+                f"[{', '.join(field.axes)}] = {list(full)}"
+            )
+        checked.append(array.reshape(shape))
+    return jax.tree.unflatten(treedef, checked)
+
+
+_DTYPE_NAMES = {
+    jnp.bool_: "bool; an additive mask is a Bias",
+    jnp.integer: "an integer dtype",
+    jnp.floating: "floating point; a mask is a DenseMask",
+}

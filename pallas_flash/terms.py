@@ -1,0 +1,168 @@
+"""Terms: masks and score modifications as pytrees whose arrays carry named axes.
+
+Everything that varies between attention variants is an elementwise function of a query position
+and a key position. What such a function reads besides the positions (lengths, slopes, a bias, a
+dense mask) are arrays, and each array says which of the four axes of the scores it spans:
+
+    lengths: Array = operand("batch", dtype=jnp.integer)
+    bias: Array = operand("batch", "heads", "q", "kv", dtype=jnp.floating)
+
+From these names alone a backend cuts the part that belongs to a tile, ``vmap`` folds its axis into
+the batch, a sharding is derived and a gradient is added up in the array's own shape. The function
+itself receives every array already *aligned*: cut to the tile and shaped to broadcast against the
+tile's scores. It never indexes.
+
+Every array spans "batch" first. A size is 1 (broadcast, never expanded) or the full size; the batch
+size of an operand may be any divisor ``b`` of the batch ``B``, batch row ``i`` reading operand row
+``i // (B // b)``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BATCH, HEADS, Q, KV = "batch", "heads", "q", "kv"
+SCORE_AXES = (BATCH, HEADS, Q, KV)
+
+Axes = tuple[str, ...]
+T = TypeVar("T")
+
+
+def operand(*axes: str, dtype: Any) -> Any:
+    """Field of a term that holds an array over `axes` (a subsequence of the scores' axes).
+
+    `dtype` is the kind of number the array must hold, e.g. ``jnp.integer``.
+    """
+    if axes[:1] != (BATCH,) or tuple(a for a in SCORE_AXES if a in axes) != axes:
+        raise ValueError(f"operand axes {axes} must start with 'batch' and keep {SCORE_AXES}")
+    return dataclasses.field(metadata={"axes": axes, "dtype": dtype})
+
+
+def subterm() -> Any:
+    """Field of a term that holds another term, or a tuple of terms."""
+    return dataclasses.field(metadata={"subterm": True})
+
+
+def _is_data(field: dataclasses.Field) -> bool:
+    return "axes" in field.metadata or "subterm" in field.metadata
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(operand, subterm))
+def term[T](cls: type[T]) -> type[T]:
+    """Makes `cls` a frozen dataclass and a pytree: operands and subterms are its children."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    jax.tree_util.register_dataclass(
+        cls,
+        data_fields=[f.name for f in fields if _is_data(f)],
+        meta_fields=[f.name for f in fields if not _is_data(f)],
+    )
+    return cls
+
+
+class OperandField(NamedTuple):
+    """What a term declares of one of its arrays."""
+
+    name: str
+    axes: Axes
+    dtype: Any
+
+
+def leaf_fields(tree: Any) -> list[OperandField]:
+    """The declaration of every array in a term, in the order of ``jax.tree.leaves``."""
+    if tree is None:
+        return []
+    if isinstance(tree, tuple):
+        return [field for part in tree for field in leaf_fields(part)]
+    if not dataclasses.is_dataclass(tree):
+        raise TypeError(f"expected a mask or a score mod, got {type(tree).__name__}")
+    found: list[OperandField] = []
+    for field in dataclasses.fields(tree):
+        value = getattr(tree, field.name)
+        if "subterm" in field.metadata:
+            found += leaf_fields(value)
+        elif "axes" in field.metadata and value is not None:
+            name = f"{type(tree).__name__}.{field.name}"
+            found.append(OperandField(name, **field.metadata))
+    return found
+
+
+def leaf_axes(tree: Any) -> list[Axes]:
+    """The axes of every array in a term, in the order of ``jax.tree.leaves``."""
+    return [field.axes for field in leaf_fields(tree)]
+
+
+def map_operands[T](f: Callable[[Any, Axes], Any], tree: T) -> T:
+    """The term with every array replaced by ``f(array, axes)``."""
+    leaves, treedef = jax.tree.flatten(tree)
+    new = [f(x, axes) for x, axes in zip(leaves, leaf_axes(tree), strict=True)]
+    return jax.tree.unflatten(treedef, new)
+
+
+def floating(tree: Any) -> tuple[list[jax.Array], Callable[[list[jax.Array]], Any]]:
+    """The floating point arrays of a term, those with a gradient, and how to put others in."""
+    leaves, treedef = jax.tree.flatten(tree)
+    index = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def rebuild(arrays: list[jax.Array]) -> Any:
+        new = list(leaves)
+        for i, x in zip(index, arrays, strict=True):
+            new[i] = x
+        return jax.tree.unflatten(treedef, new)
+
+    return [leaves[i] for i in index], rebuild
+
+
+def floating_axes(tree: Any) -> list[Axes]:
+    """The axes of the arrays that `floating` finds."""
+    pairs = zip(jax.tree.leaves(tree), leaf_axes(tree), strict=True)
+    return [axes for x, axes in pairs if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Where a tile of scores lies: first position and number of positions along both axes."""
+
+    batch: int
+    q_start: Any
+    q_size: int
+    kv_start: Any
+    kv_size: int
+
+    def _starts(self, shape: tuple[int, ...], axes: Axes) -> list[Any]:
+        start = {Q: self.q_start, KV: self.kv_start}
+        starts = [0 if n == 1 else start.get(axis, 0) for n, axis in zip(shape, axes, strict=True)]
+        return [jnp.asarray(x, jnp.int32) for x in starts]
+
+    def _sizes(self, shape: tuple[int, ...], axes: Axes) -> list[int]:
+        full = {Q: self.q_size, KV: self.kv_size}
+        return [n if n == 1 else full.get(axis, n) for n, axis in zip(shape, axes, strict=True)]
+
+    def align(self, array: jax.Array, axes: Axes) -> jax.Array:
+        """Cuts `array` to the tile and shapes it to broadcast against [B, Hq, q_size, kv_size]."""
+        sizes = self._sizes(array.shape, axes)
+        cut = lax.dynamic_slice(array, self._starts(array.shape, axes), sizes)
+        by_axis = dict(zip(axes, sizes, strict=True))
+        cut = cut.reshape([by_axis.get(axis, 1) for axis in SCORE_AXES])
+        rows = cut.shape[0]
+        return cut if rows in (1, self.batch) else jnp.repeat(cut, self.batch // rows, axis=0)
+
+    def add(self, total: jax.Array, axes: Axes, part: jax.Array) -> jax.Array:
+        """Adds `part`, aligned as by `align`, to its place in `total`: the transpose of `align`."""
+        rows = total.shape[axes.index(BATCH)]
+        if part.shape[0] != rows:
+            part = part.reshape(rows, -1, *part.shape[1:]).sum(1)
+        part = part.reshape(self._sizes(total.shape, axes))
+        starts = self._starts(total.shape, axes)
+        old = lax.dynamic_slice(total, starts, part.shape)
+        return lax.dynamic_update_slice(total, old + part, starts)
+
+    def positions(self) -> tuple[jax.Array, jax.Array]:
+        """Query positions [1, 1, q_size, 1] and key positions [1, 1, 1, kv_size], int32."""
+        q = lax.broadcasted_iota(jnp.int32, (1, 1, self.q_size, 1), 2)
+        kv = lax.broadcasted_iota(jnp.int32, (1, 1, 1, self.kv_size), 3)
+        return q + jnp.asarray(self.q_start, jnp.int32), kv + jnp.asarray(self.kv_start, jnp.int32)

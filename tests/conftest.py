@@ -1,0 +1,227 @@
+"""Set-up of every test, and the lists that every property is run for."""
+
+import collections
+import datetime
+import json
+import os
+import pathlib
+import re
+import subprocess
+
+# Before jax is imported: sharding tests need devices, interpret mode needs threads.
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    )
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_flash as pf
+from pallas_flash.backends.blockwise import BlockwiseConfig
+
+# name -> keywords of a call. Odd tiles leave a remainder at every length below.
+BACKENDS = {
+    "reference": {"backend": "reference"},
+    "blockwise": {"backend": "blockwise"},
+    "blockwise-tiles-of-16-by-24": {
+        "backend": "blockwise",
+        "config": BlockwiseConfig(block_q=16, block_kv=24),
+    },
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--gpu-summary", metavar="DIR", help="write DIR/<device>/correctness.json, with every error"
+    )
+
+
+class _Summary:
+    """Collects outcomes and recorded errors, and writes them at the end of the session."""
+
+    def __init__(self, path: str):
+        self.folder, self.cases = pathlib.Path(path), []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call":
+            case = {
+                "test": report.nodeid,
+                "outcome": report.outcome,
+                **dict(report.user_properties),
+            }
+            self.cases.append(case)
+
+    def pytest_sessionfinish(self):
+        outcomes = collections.Counter(case["outcome"] for case in self.cases)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        summary = {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "commit": commit.stdout.strip() or None,
+            "date": datetime.date.today().isoformat(),
+            "outcomes": outcomes,
+            "cases": self.cases,
+        }
+        name = "_".join(re.findall("[a-z0-9]+", summary["device"].lower()))
+        path = self.folder / name / "correctness.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def pytest_configure(config):
+    if path := config.getoption("--gpu-summary"):
+        config.pluginmanager.register(_Summary(path))
+
+
+class Sizes(NamedTuple):
+    """Of one problem; the tests' names."""
+
+    batch: int = 2
+    q_len: int = 63
+    kv_len: int = 50
+    num_q_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    value_dim: int = 24
+
+
+SIZES = {
+    "gqa": Sizes(),
+    "mqa-one-query": Sizes(q_len=1, kv_len=65, num_kv_heads=1, value_dim=16),
+    "mha-more-keys": Sizes(batch=1, q_len=33, kv_len=129, num_kv_heads=4, head_dim=40, value_dim=8),
+    "one-key": Sizes(batch=3, q_len=7, kv_len=1),
+}
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def qkv(sizes: Sizes, dtype=jnp.float32) -> list[jax.Array]:
+    b, t, s, n, k, d, dv = sizes
+    shapes = ((b, t, n, d), (b, s, k, d), (b, s, k, dv))
+    return [normal(i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def positions(sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(sizes.q_len)[:, None], np.arange(sizes.kv_len)[None, :]
+
+
+def _dense(sizes: Sizes, *shape_of: str) -> np.ndarray:
+    full = {"b": sizes.batch, "h": sizes.num_q_heads, "q": sizes.q_len, "k": sizes.kv_len}
+    shape = [full[a] if a in shape_of else 1 for a in "bhqk"]
+    return np.random.default_rng(3).random(shape) < 0.6
+
+
+def _lengths(n: int, batch: int) -> np.ndarray:
+    """Of every batch row: from 0 up to the whole length."""
+    return np.linspace(0, n, batch).astype(np.int32)
+
+
+def _causal(z):
+    q, k = positions(z)
+    return pf.Causal(), k <= q
+
+
+def _causal_bottom_right(z):
+    q, k = positions(z)
+    return pf.Causal("bottom_right"), k <= q + z.kv_len - z.q_len
+
+
+def _window(z):
+    q, k = positions(z)
+    return pf.SlidingWindow(20, 3), (k >= q - 20) & (k <= q + 3)
+
+
+def _left_window(z):
+    q, k = positions(z)
+    return pf.SlidingWindow(left=9) & pf.Causal(), (k >= q - 9) & (k <= q)
+
+
+def _kv_lengths(z):
+    n = _lengths(z.kv_len, z.batch)
+    return pf.KvLengths(jnp.asarray(n)), positions(z)[1] < n[:, None, None, None]
+
+
+def _q_lengths(z):
+    n = _lengths(z.q_len, z.batch)
+    return pf.QLengths(jnp.asarray(n)), positions(z)[0] < n[:, None, None, None]
+
+
+def _causal_lengths(z):
+    a, b, c = _causal(z), _kv_lengths(z), _q_lengths(z)
+    return a[0] & b[0] & c[0], a[1] & b[1] & c[1]
+
+
+def _dense_full(z):
+    m = _dense(z, *"bhqk")
+    return pf.DenseMask(jnp.asarray(m)), m
+
+
+def _dense_keys(z):
+    m = _dense(z, *"bk")
+    return pf.DenseMask(jnp.asarray(m)) & pf.Causal(), m & _causal(z)[1]
+
+
+def _not_or(z):
+    m = _dense(z, *"hq")
+    return ~(pf.Causal() | pf.DenseMask(jnp.asarray(m))), ~(_causal(z)[1] | m)
+
+
+# name -> sizes -> (mask, the same as a plain boolean array)
+MASKS = {
+    "none": lambda z: (None, None),
+    "causal": _causal,
+    "causal-bottom-right": _causal_bottom_right,
+    "window": _window,
+    "causal-left-window": _left_window,
+    "kv-lengths": _kv_lengths,
+    "q-lengths": _q_lengths,
+    "causal-and-lengths": _causal_lengths,
+    "dense": _dense_full,
+    "dense-keys-and-causal": _dense_keys,
+    "not-causal-or-dense": _not_or,
+}
+
+
+class Score(NamedTuple):
+    """A score mod to test: its array, how to make it and what it must do."""
+
+    array: jax.Array
+    make: object
+    change: object
+
+
+def _bias(*axes):
+    def make(z):
+        full = {"b": z.batch, "h": z.num_q_heads, "q": z.q_len, "k": z.kv_len}
+        shape = [full[a] if a in axes else 1 for a in "bhqk"]
+        return Score(normal(4, *shape), pf.Bias, lambda s, a: s + a)
+
+    return make
+
+
+def _softcap_bias(z):
+    array = normal(4, 1, z.num_q_heads, 1, z.kv_len)
+    return Score(
+        array,
+        lambda a: pf.Chain((pf.Softcap(2.0), pf.Bias(a))),
+        lambda s, a: 2.0 * jnp.tanh(s / 2.0) + a,
+    )
+
+
+# name -> sizes -> Score
+SCORE_MODS = {
+    "none": lambda z: Score(jnp.zeros(()), lambda a: None, lambda s, a: s),
+    "softcap": lambda z: Score(
+        jnp.zeros(()), lambda a: pf.Softcap(2.0), lambda s, a: 2.0 * jnp.tanh(s / 2.0)
+    ),
+    "bias": _bias(*"bhqk"),
+    "bias-of-heads": _bias(*"h"),
+    "bias-of-keys": _bias(*"bk"),
+    "softcap-then-bias": _softcap_bias,
+}

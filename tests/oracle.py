@@ -1,0 +1,57 @@
+"""The oracle: attention in float64 numpy, written apart from the package and differentiated by JAX.
+
+`attention` shares no code with the backends. `arrays` are cast to float64; masks and scores come as
+plain arrays (a boolean matrix, a function of the scores), never as the package's terms.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(q, k, v, *, allowed=None, change=None, scale=None):
+    """out [B, Tq, Hq, Dv] and lse [B, Hq, Tq], from q, k, v in [B, T, H, D] of any dtype.
+
+    allowed: bool, broadcastable to [B, Hq, Tq, Tkv]; change: scores -> scores, after the scale.
+    """
+    q, k, v = (x.astype(jnp.float64) for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    s = jnp.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if change is not None:
+        s = change(s)
+    allowed = jnp.broadcast_to(True if allowed is None else allowed, s.shape)
+    some = allowed.any(-1, keepdims=True)
+    s = jnp.where(allowed, s, jnp.where(some, -jnp.inf, 0.0))
+    lse = jax.scipy.special.logsumexp(s, axis=-1, keepdims=True)
+    p = jnp.where(allowed, jnp.exp(s - lse), 0.0)
+    out = jnp.einsum("bhts,bshd->bthd", p, v)
+    return out, jnp.where(some, lse, -jnp.inf)[..., 0]
+
+
+def plain_attention_with_lse(q, k, v, allowed):
+    """Attention as one writes it in low precision: products of q's dtype summed in float32,
+    softmax in float32, P rounded to q's dtype. Same results as `attention`."""
+    group = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+    s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+    allowed = jnp.broadcast_to(allowed, s.shape)
+    some = allowed.any(-1, keepdims=True)
+    s = jnp.where(allowed, s * q.shape[-1] ** -0.5, jnp.where(some, -jnp.inf, 0.0))
+    lse = jax.scipy.special.logsumexp(s, axis=-1, keepdims=True)
+    p = jnp.where(allowed, jnp.exp(s - lse), 0.0).astype(q.dtype)
+    out = jnp.einsum("bhts,bshd->bthd", p, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype), jnp.where(some, lse, -jnp.inf)[..., 0]
+
+
+def with_gradients(arrays, cotangents, function):
+    """``function(*arrays)`` in float64 and the gradients of its arrays for the given cotangents."""
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(x, jnp.float64) for x in arrays]
+        cotangents = tuple(jnp.asarray(c, jnp.float64) for c in cotangents)
+
+        @jax.jit
+        def both(arrays, cotangents):
+            results, vjp = jax.vjp(function, *arrays)
+            return results, vjp(cotangents)
+
+        return both(wide, cotangents)

@@ -1,0 +1,114 @@
+"""Bad input: an error before anything runs that shows the value and the rule."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_flash as pf
+from pallas_flash.backends.blockwise import BlockwiseConfig
+from pallas_flash.backends.reference import ReferenceConfig
+
+Q = jnp.ones((2, 8, 4, 16))
+K = V = jnp.ones((2, 6, 2, 16))
+
+pytestmark = pytest.mark.quick
+
+
+@pytest.mark.parametrize(
+    "q, k, v, message",
+    [
+        (Q[0, 0], K, V, r"all be \[batch, length, heads, head_dim\].*got q \(4, 16\)"),
+        (Q, K[0], V, r"all be \[batch, length, heads, head_dim\].*k \(6, 2, 16\)"),
+        (Q, K.astype(jnp.bfloat16), V, "one dtype, got q float32, k bfloat16, v float32"),
+        (*[x.astype(jnp.int32) for x in (Q, K, V)], "dtype=int32 must be bfloat16, float16"),
+        (*[x.astype(jnp.float8_e4m3fn) for x in (Q, K, V)], "dtype=float8_e4m3fn must be"),
+        (Q, K, V[:, :5], r"k and v must agree.*v \(2, 5, 2, 16\)"),
+        (Q[:1], K, V, r"same batch, got q \(1, 8, 4, 16\)"),
+        (Q[..., :8], K, V, r"same head_dim, got q \(2, 8, 4, 8\)"),
+        (Q[:, :, :3], K, V, "num_q_heads=3 must be a multiple of num_kv_heads=2"),
+        (Q[:, :0], K, V, r"every dimension must be at least 1, got q \(2, 0, 4, 16\)"),
+    ],
+)
+def test_wrong_arrays(q, k, v, message):
+    with pytest.raises(ValueError, match=message):
+        pf.flash_attention(q, k, v)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), np.float32("nan")])
+def test_scale_must_be_finite(scale):
+    with pytest.raises(ValueError, match=r"scale=(nan|inf) must be finite"):
+        pf.flash_attention(Q, K, V, scale=scale)
+
+
+def test_scale_must_be_a_static_number():
+    with pytest.raises(TypeError, match="scale must be a real number or None, got str"):
+        pf.flash_attention(Q, K, V, scale="1")
+    with pytest.raises(TypeError, match="multiply q by a traced one"):
+        jax.jit(lambda s: pf.flash_attention(Q, K, V, scale=s))(0.5)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (pf.KvLengths(jnp.ones((3,), jnp.int32)), r"KvLengths.lengths: shape=\(3,\).*= \[2\]"),
+        (pf.KvLengths(jnp.ones((2,))), "KvLengths.lengths: dtype=float32 must be an integer"),
+        (pf.QLengths(jnp.ones((2, 1), jnp.int32)), r"QLengths.lengths: shape=\(2, 1\)"),
+        (pf.DenseMask(jnp.ones((8, 6))), "DenseMask.array: dtype=float32 must be bool"),
+        (
+            pf.Causal() & pf.DenseMask(jnp.ones((8, 5), bool)),
+            r"DenseMask.array: shape=\(8, 5\) must broadcast to .* = \[2, 4, 8, 6\]",
+        ),
+        (pf.DenseMask(jnp.ones((1, 2, 4, 8, 6), bool)), r"shape=\(1, 2, 4, 8, 6\) must broadcast"),
+    ],
+)
+def test_wrong_mask_arrays(mask, message):
+    with pytest.raises(ValueError, match=message):
+        pf.flash_attention(Q, K, V, mask=mask)
+
+
+def test_wrong_kinds_of_argument():
+    with pytest.raises(TypeError, match=r"mask must be a Mask .* got ArrayImpl of shape \(8, 6\)"):
+        pf.flash_attention(Q, K, V, mask=jnp.ones((8, 6), bool))
+    with pytest.raises(TypeError, match="score_mod must be a ScoreMod .* got function"):
+        pf.flash_attention(Q, K, V, score_mod=lambda s: s)
+    with pytest.raises(TypeError, match="expected a mask or a score mod, got float"):
+        pf.flash_attention(Q, K, V, score_mod=pf.Chain((pf.Softcap(1.0), 2.0)))
+    with pytest.raises(ValueError, match="cap=0.0 must be positive and finite"):
+        pf.Softcap(0.0)
+    with pytest.raises(ValueError, match="Bias.array: dtype=bool must be floating point"):
+        pf.flash_attention(Q, K, V, score_mod=pf.Bias(jnp.ones((8, 6), bool)))
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"backend='triton' must be one of \['blockwise', 'hopp"):
+        pf.flash_attention(Q, K, V, backend="triton")
+
+
+def test_config_must_belong_to_the_backend():
+    with pytest.raises(TypeError, match="a BlockwiseConfig for backend='blockwise', got Reference"):
+        pf.flash_attention(Q, K, V, backend="blockwise", config=ReferenceConfig())
+    with pytest.raises(ValueError, match="block_q=0 must be at least 1"):
+        BlockwiseConfig(block_q=0, block_kv=8)
+
+
+def test_named_backend_refuses_what_it_cannot_serve():
+    with pytest.raises(ValueError, match="backend='hopper' cannot serve .*float32"):
+        pf.flash_attention(Q, K, V, backend="hopper")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the device is there")
+def test_named_backend_without_its_device():
+    q, k, v = (x.astype(jnp.bfloat16) for x in (Q, K, V))
+    with pytest.raises(ValueError, match="backend='hopper' needs an NVIDIA GPU.*compiled for cpu"):
+        pf.flash_attention(q, k, v, backend="hopper")
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the device is there")
+def test_explain_backends_gives_one_reason_each():
+    q, k, v = (x.astype(jnp.bfloat16) for x in (Q, K, V))
+    reasons = pf.explain_backends(q, k, v)
+    assert list(reasons) == ["hopper", "blockwise", "reference"]
+    assert "needs an NVIDIA GPU" in reasons["hopper"] and "cpu" in reasons["hopper"]
+    assert reasons["blockwise"] is None and reasons["reference"] is None
+    assert "float32" in pf.explain_backends(Q, K, V)["hopper"]

@@ -1,0 +1,113 @@
+"""Masks: the algebra, the classification of blocks, the schedule, all against brute force."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_flash as pf
+from conftest import MASKS, Sizes
+from pallas_flash.masks import BlockKind, schedule
+from pallas_flash.terms import Tile, map_operands
+
+SIZES = Sizes(batch=3, q_len=37, kv_len=45)
+BLOCKS = [(8, 16), (16, 8), (5, 7), (37, 45), (1, 1)]
+
+
+def dense(mask, sizes) -> np.ndarray:
+    """bool [B, Hq, Tq, Tkv] from the mask's own `allowed`."""
+    whole = Tile(sizes.batch, 0, sizes.q_len, 0, sizes.kv_len)
+    shape = (sizes.batch, sizes.num_q_heads, sizes.q_len, sizes.kv_len)
+    if mask is None:
+        return np.ones(shape, bool)
+    mask = mask.bind(sizes.q_len, sizes.kv_len)
+
+    def align(array, axes):
+        array = jnp.asarray(array)
+        return whole.align(array.reshape((1,) * (len(axes) - array.ndim) + array.shape), axes)
+
+    allowed = map_operands(align, mask).allowed(*whole.positions())
+    return np.array(np.broadcast_to(allowed, shape))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("name", MASKS)
+def test_allowed_is_what_the_name_says(name):
+    mask, allowed = MASKS[name](SIZES)
+    np.testing.assert_array_equal(
+        dense(mask, SIZES), np.broadcast_to(True if allowed is None else allowed, (3, 4, 37, 45))
+    )
+
+
+@pytest.mark.parametrize("block_q, block_kv", BLOCKS)
+@pytest.mark.parametrize("name", MASKS)
+def test_block_kinds_are_safe(name, block_q, block_kv):
+    mask, _ = MASKS[name](SIZES)
+    bound = None if mask is None else mask.bind(SIZES.q_len, SIZES.kv_len)
+    kinds = schedule.block_kinds(bound, SIZES.q_len, SIZES.kv_len, block_q, block_kv, SIZES.batch)
+    assert isinstance(kinds, np.ndarray) == (not jax.tree.leaves(mask))
+    truth = dense(mask, SIZES)
+    kinds = np.broadcast_to(kinds, (*truth.shape[:2], *kinds.shape[2:]))
+    for b, h, i, j in np.ndindex(*kinds.shape):
+        block = truth[b, h, i * block_q : (i + 1) * block_q, j * block_kv : (j + 1) * block_kv]
+        if kinds[b, h, i, j] == BlockKind.SKIP:
+            assert not block.any()
+        if kinds[b, h, i, j] == BlockKind.FULL:
+            assert block.all() and block.shape[1] == block_kv
+
+
+@pytest.mark.parametrize("name", ["causal", "causal-bottom-right", "window", "kv-lengths"])
+def test_block_kinds_are_exact_for_structured_masks(name):
+    mask, _ = MASKS[name](SIZES)
+    bound = mask.bind(SIZES.q_len, SIZES.kv_len)
+    kinds = np.asarray(schedule.block_kinds(bound, SIZES.q_len, SIZES.kv_len, 8, 5, SIZES.batch))
+    truth = dense(mask, SIZES)
+    for b, i, j in np.ndindex(3, *kinds.shape[2:]):
+        block = truth[b, 0, i * 8 : (i + 1) * 8, j * 5 : (j + 1) * 5]
+        kind = BlockKind.FULL if block.all() else BlockKind.PARTIAL
+        kind = kind if block.any() else BlockKind.SKIP
+        assert kinds[b if kinds.shape[0] > 1 else 0, 0, i, j] == kind
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_runs_visit_every_block_and_mask_every_partial_one(seed):
+    kinds = np.random.default_rng(seed).choice(3, p=[0.5, 0.2, 0.3], size=(2, 1, 6, 9))
+    kinds[0, 0, 0], kinds[0, 0, 1], kinds[0, 0, 2] = 0, 2, 1
+    for runs in (schedule.runs(kinds), np.asarray(schedule.runs(jnp.asarray(kinds)))):
+        assert runs.shape == (2, 1, 6, 4)
+        for at in np.ndindex(2, 1, 6):
+            row, (first, full_first, full_last, last) = kinds[at], runs[at]
+            assert 0 <= first <= full_first <= full_last <= last <= 9
+            visited = np.flatnonzero(row)
+            assert (first, last) == (
+                (visited[0], visited[-1] + 1) if visited.size else (last, last)
+            )
+            assert (row[full_first:full_last] == BlockKind.FULL).all()
+            assert (full_last > full_first) == (row == BlockKind.FULL).any()
+
+
+def test_causal_schedule_skips_half_and_masks_only_the_diagonal():
+    runs = schedule.kv_schedule(pf.Causal(), 1024, 1024, 128, 128, 1)[0, 0]
+    np.testing.assert_array_equal(runs[:, schedule.LAST], np.arange(1, 9))
+    np.testing.assert_array_equal(runs[1:, schedule.FULL_FIRST], np.zeros(7))
+    np.testing.assert_array_equal(runs[1:, schedule.FULL_LAST], np.arange(1, 8))
+    runs = schedule.q_schedule(pf.Causal(), 1024, 1024, 128, 128, 1)[0, 0]
+    np.testing.assert_array_equal(runs[:, schedule.FIRST], np.arange(8))
+    np.testing.assert_array_equal(runs[:, schedule.LAST], np.full(8, 8))
+
+
+@pytest.mark.parametrize("combine", [lambda a, b: a and b, lambda a, b: a or b, lambda a, b: not a])
+def test_boolean_operators_raise(combine):
+    with pytest.raises(TypeError, match="combine masks with &, | and ~"):
+        combine(pf.Causal(), pf.SlidingWindow(3))
+
+
+def test_bad_masks_raise():
+    with pytest.raises(ValueError, match="align='left' must be 'top_left' or 'bottom_right'"):
+        pf.Causal("left")
+    with pytest.raises(ValueError, match="left=-1 must be 0 or more"):
+        pf.SlidingWindow(-1)
+    with pytest.raises(ValueError, match="right=-2 must be 0 or more"):
+        pf.SlidingWindow(None, -2)
+    with pytest.raises(TypeError, match="unsupported operand"):
+        pf.Causal() & True

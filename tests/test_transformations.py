@@ -1,0 +1,118 @@
+"""jit, remat, scan, eval_shape, lowering for another platform: the call behaves as any JAX op."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_flash as pf
+from conftest import BACKENDS, SIZES, normal, qkv
+
+NAMES = ("flash_attention_out", "flash_attention_lse")
+
+
+def layer(q, k, v):
+    return jnp.sin(pf.flash_attention(jnp.sin(q), k, v, mask=pf.Causal()))
+
+
+def count_forwards(function, *arrays) -> int:
+    """How often a jaxpr runs the forward: it is what computes a lse."""
+    text = str(jax.make_jaxpr(function)(*arrays))
+    return text.count("custom_vmap_call")
+
+
+@pytest.mark.quick
+def test_remat_policy_keeps_the_named_residuals():
+    q, k, v = qkv(SIZES["gqa"])
+    keep = jax.checkpoint_policies.save_only_these_names(*NAMES)
+
+    def calls(**keywords):
+        loss = lambda q: jax.checkpoint(layer, **keywords)(q, k, v).sum()  # noqa: E731
+        return count_forwards(jax.grad(loss), q), jax.grad(loss)(q)
+
+    kept, with_policy = calls(policy=keep)
+    recomputed, without = calls()
+    assert (kept, recomputed) == (2, 3)  # forward and backward; one forward more without names
+    assert jnp.allclose(with_policy, without, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scan_over_layers(remat):
+    q, k, v = qkv(SIZES["gqa"])
+    depth = 3
+    weights = normal(7, depth, q.shape[-1], q.shape[-1]) * 0.3
+
+    def block(x, w):
+        return x + layer(x @ w, k, v)[..., : x.shape[-1]]
+
+    def looped(x, weights):
+        for w in weights:
+            x = block(x, w)
+        return (x**2).sum()
+
+    def scanned(x, weights):
+        body = jax.checkpoint(block) if remat else block
+        return (jax.lax.scan(lambda x, w: (body(x, w), None), x, weights)[0] ** 2).sum()
+
+    want = jax.grad(looped, argnums=(0, 1))(q, weights)
+    for a, b in zip(jax.jit(jax.grad(scanned, argnums=(0, 1)))(q, weights), want):
+        assert jnp.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_eval_shape(backend):
+    sizes = SIZES["gqa"]
+    arrays = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in qkv(sizes)]
+    attention = lambda q, k, v: pf.flash_attention_with_lse(q, k, v, **BACKENDS[backend])  # noqa: E731
+    out, lse = jax.eval_shape(attention, *arrays)
+    assert out.shape == (sizes.batch, sizes.q_len, sizes.num_q_heads, sizes.value_dim)
+    assert lse.shape == (sizes.batch, sizes.num_q_heads, sizes.q_len)
+    assert (out.dtype, lse.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_changing_lengths_do_not_recompile():
+    q, k, v = qkv(SIZES["gqa"])
+    attention = jax.jit(lambda n: pf.flash_attention(q, k, v, mask=pf.KvLengths(n)))
+    results = [attention(jnp.asarray(n)) for n in ([3, 9], [50, 1])]
+    assert attention._cache_size() == 1
+    assert not jnp.allclose(*results)
+
+
+def lowered_for_cuda(function, *arrays) -> str:
+    return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_default_lowers_to_the_hopper_kernels_without_a_gpu():
+    arrays = [jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)] * 3
+    attention = lambda q, k, v: pf.flash_attention(q, k, v, mask=pf.Causal())  # noqa: E731
+    assert "mosaic_gpu" in lowered_for_cuda(attention, *arrays)
+    loss = lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum()  # noqa: E731
+    text = lowered_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), *arrays)
+    assert text.count("mosaic_gpu") >= 2
+    wide = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in arrays]
+    assert "mosaic_gpu" not in lowered_for_cuda(attention, *wide)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_training_step_of_scanned_layers_lowers_for_cuda(remat):
+    q, k, v = (jax.ShapeDtypeStruct((2, 192, h, 64), jnp.bfloat16) for h in (4, 2, 2))
+    body = jax.checkpoint(layer) if remat else layer
+
+    def loss(q, k, v):
+        x, _ = jax.lax.scan(lambda x, _: (x + body(x, k, v), None), q, length=3)
+        return x.astype(jnp.float32).sum()
+
+    assert "mosaic_gpu" in lowered_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), q, k, v)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strict_promotion_of_ranks_and_dtypes(backend):
+    sizes = SIZES["gqa"]
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(sizes))
+    mask = pf.KvLengths(jnp.array([3, 50], jnp.int32)) & ~pf.SlidingWindow(3, 3) | pf.Causal()
+    mod = pf.Chain((pf.Softcap(3.0), pf.Bias(normal(4, sizes.num_q_heads, 1, sizes.kv_len))))
+    loss = lambda q, mod: pf.flash_attention(  # noqa: E731
+        q, k, v, mask=mask, score_mod=mod, **BACKENDS[backend]
+    ).sum()
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        gradients = jax.grad(loss, argnums=(0, 1))(q, mod)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
