@@ -1,0 +1,82 @@
+"""Attention on NVIDIA Hopper GPUs, in Pallas Mosaic GPU (wgmma and TMA)."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_flash.backends.backend import Backend
+from pallas_flash.backends.hopper.config import (
+    Config,
+    default_backward_config,
+    default_forward_config,
+)
+from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
+from pallas_flash.scores import Chain, ScoreMod
+from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.terms import BATCH, HEADS, leaf_fields
+
+HEAD_DIMS = range(16, 257, 8)
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def unsupported(spec: AttentionSpec) -> str | None:
+    """The reason why these kernels cannot serve a spec, or None."""
+    if spec.dtype not in DTYPES:
+        return f"dtype={spec.dtype} must be bfloat16 or float16"
+    for name in ("head_dim", "value_dim"):
+        if getattr(spec, name) not in HEAD_DIMS:
+            return f"{name}={getattr(spec, name)} must be a multiple of 8 from 16 to 256"
+    if spec.score_mod is not None:
+        return f"score mods are not in the Hopper kernels yet: {_names(spec.score_mod)}"
+    for field in leaf_fields(spec.mask):
+        if not set(field.axes) <= {BATCH, HEADS}:
+            return f"mask arrays over positions are not in the Hopper kernels yet: {field.name}"
+        if not jnp.issubdtype(field.dtype, jnp.integer):
+            return f"mask arrays that are not integers are not in the Hopper kernels: {field.name}"
+    config = default_config(spec)
+    for name in ("forward", "backward"):
+        size = getattr(config, name).shared_memory_bytes(spec)
+        if size > SHARED_MEMORY_LIMIT:
+            return (
+                f"the {name} kernel needs {size} bytes of shared memory, the device has "
+                f"{SHARED_MEMORY_LIMIT}"
+            )
+    return None
+
+
+def _names(score_mod: ScoreMod) -> str:
+    if isinstance(score_mod, Chain):
+        return ", ".join(map(_names, score_mod.mods))
+    return type(score_mod).__name__
+
+
+def default_config(spec: AttentionSpec) -> Config:
+    """A sound configuration for any spec that is supported."""
+    return Config(forward=default_forward_config(spec), backward=default_backward_config(spec))
+
+
+# The kernels are imported when they are traced: a CPU never does.
+def _forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[Any, Any]:
+    from pallas_flash.backends.hopper.forward import forward
+
+    return forward(spec, config, operands)
+
+
+def _backward(
+    spec: AttentionSpec, config: Config, operands: Operands, lse: Any, delta: Any, dout: Any
+) -> tuple[Any, Any, Any, list[Any]]:
+    from pallas_flash.backends.hopper.backward import backward
+
+    return backward(spec, config, operands, lse, delta, dout)
+
+
+BACKEND = Backend(
+    name="hopper",
+    platform="cuda",
+    compute_capabilities=("9.0",),
+    config_type=Config,
+    unsupported=unsupported,
+    default_config=default_config,
+    forward=_forward,
+    backward=_backward,
+)

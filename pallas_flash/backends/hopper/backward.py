@@ -1,0 +1,134 @@
+"""Backward of dense attention on Hopper: one pass over the keys (FlashAttention-2, section 3.1.2).
+
+dQ is added to a float32 array by TMA; zeroing and casting it is XLA's.
+"""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_flash.backends.hopper import backward_by_columns, backward_by_keys
+from pallas_flash.backends.hopper.backward_common import (
+    MATH_REGISTERS,
+    NUM_MATH_WGS,
+    PRODUCER_REGISTERS,
+    Block,
+    GlobalRefs,
+    Kernel,
+    Runs,
+    load_tiles,
+    may_hold_padding,
+)
+from pallas_flash.backends.hopper.backward_storage import query_columns, storage, value_columns
+from pallas_flash.backends.hopper.config import BackwardConfig
+from pallas_flash.backends.hopper.storage import LOG2_E, locate, padded, round_up, tma_rows
+from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, q_schedule
+from pallas_flash.spec import AttentionSpec, Operands
+
+
+def backward(
+    spec: AttentionSpec, config: Any, operands: Operands, lse: Any, delta: Any, dout: Any
+) -> tuple[Any, Any, Any, list[Any]]:
+    """dq, dk, dv in the operands' shapes and dtypes, and no score mod gradients.
+
+    lse, delta: [B, Hq, Tq] float32, natural log; dout: [B, Tq, Hq, Dv].
+    """
+    assert spec.score_mod is None, "refused by the Hopper backend"
+    tiles = config.backward
+    qk, vo = query_columns(spec, tiles), value_columns(spec, tiles)
+    runs, schedule = _schedule(spec, tiles, operands.mask)
+    q, dout = operands.q, dout.astype(spec.dtype)
+    if may_hold_padding(spec):
+        q, dout = _without_unused_rows(lse, q, dout)
+    lse_log2, delta = _per_query_terms(lse, delta, tiles.block_q)
+    inputs = GlobalRefs(
+        q=padded(q, qk),
+        k=padded(operands.k, qk),
+        v=padded(operands.v, vo),
+        dout=padded(dout, vo),
+        lse_log2=lse_log2,
+        delta=delta,
+        schedule=schedule,
+        mask_leaves=tuple(jax.tree.leaves(operands.mask)),
+        dq_acc=None,
+    )
+    dq_acc, dk, dv = _launch(spec, tiles, runs, inputs)
+    dq = (dq_acc[:, : spec.q_len, :, : spec.head_dim] * spec.scale).astype(spec.dtype)
+    dk = dk[:, : spec.kv_len, :, : spec.head_dim]
+    return dq, dk, dv[:, : spec.kv_len, :, : spec.value_dim], []
+
+
+def _schedule(spec: AttentionSpec, config: BackwardConfig, mask: Any) -> tuple[Runs, Any]:
+    """Which loops a block runs, and their bounds where they differ between blocks."""
+    if mask is None and spec.kv_len % config.block_kv == 0:
+        return Runs(False, True, False), None
+    tiles = (config.block_q, config.block_kv)
+    bounds = q_schedule(mask, spec.q_len, spec.kv_len, *tiles, spec.batch)
+    if not isinstance(bounds, np.ndarray):
+        return Runs(True, True, True), bounds
+    edges = [bounds[..., column] for column in (FIRST, FULL_FIRST, FULL_LAST, LAST)]
+    runs = Runs(*(bool((low < high).any()) for low, high in itertools.pairwise(edges)))
+    return runs, jnp.asarray(bounds)
+
+
+def _per_query_terms(lse: Any, delta: Any, block_q: int) -> tuple[Any, Any]:
+    """lse in base 2 and delta, over whole tiles. Rows without weight get lse = inf, so P = 0."""
+    rows = round_up(lse.shape[-1], block_q) - lse.shape[-1]
+    pad = ((0, 0), (0, 0), (0, rows))
+    lse_log2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
+    return jnp.pad(lse_log2, pad, constant_values=jnp.inf), jnp.pad(delta, pad)
+
+
+def _without_unused_rows(lse: Any, *arrays: Any) -> list[Any]:
+    """[B, Tq, Hq, D] with zeros in rows that attend to nothing: 0 * NaN would reach dK and dV."""
+    is_used = (lse != -jnp.inf).swapaxes(1, 2)[..., None]
+    return [jnp.where(is_used, x, jnp.zeros_like(x)) for x in arrays]
+
+
+def _launch(
+    spec: AttentionSpec, config: BackwardConfig, runs: Runs, inputs: GlobalRefs
+) -> tuple[Any, Any, Any]:
+    """dQ [B, Tq, Hq, D] float32 without the scale, dk, dv, with padded rows and columns."""
+    compute = backward_by_columns.compute if config.splits_columns else backward_by_keys.compute
+    num_kv_tiles = pl.cdiv(spec.kv_len, config.block_kv)
+    num_heads = spec.batch * spec.num_kv_heads
+
+    def flash_attention_backward(gmem, dk_gmem, dv_gmem, smem):
+        head, kv_tile = locate(
+            lax.axis_index("block"), num_kv_tiles, num_heads, config.heads_per_group
+        )
+        block = Block(lax.div(head, spec.num_kv_heads), lax.rem(head, spec.num_kv_heads), kv_tile)
+        kernel = Kernel(spec, config, runs, gmem, smem, block)
+        wg = lax.axis_index("wg")
+
+        @pl.when(wg == NUM_MATH_WGS)
+        def _():
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            load_tiles(kernel)
+
+        @pl.when(wg < NUM_MATH_WGS)
+        def _():
+            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            compute(kernel, wg, dk_gmem, dv_gmem)
+
+    dq_width = query_columns(spec, config).smem
+    dq_shape = (spec.batch, tma_rows(spec.q_len), spec.num_q_heads, dq_width)
+    dq_acc = jax.new_ref(jnp.zeros(dq_shape, jnp.float32))
+    dk, dv = plgpu.kernel(
+        flash_attention_backward,
+        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)),
+        # One axis: the others of a CUDA grid end at 65535.
+        grid=(num_heads * num_kv_tiles,),
+        grid_names=("block",),
+        num_threads=NUM_MATH_WGS + 1,
+        thread_name="wg",
+        scratch_types=(storage(spec, config),),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(inputs._replace(dq_acc=dq_acc))
+    return dq_acc[...], dk, dv

@@ -1,0 +1,124 @@
+"""Backward for head dimensions up to 128: each of two warpgroups owns 64 keys, their dK and dV.
+
+P^T and dS^T feed dV and dK from registers. dS of both warpgroups goes through SMEM into one dQ
+product over all 128 keys, of which each warpgroup computes half: half the float32 traffic of two
+separate products.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+from pallas_flash.backends.hopper.backward_common import (
+    Kernel,
+    accumulator,
+    add_dq,
+    allowed_tile,
+    for_each_q_tile,
+    free_stages,
+    load_accumulator,
+    may_hold_padding,
+    probabilities,
+    score_gradients,
+    scrub,
+    stage,
+    zero_accumulator,
+)
+from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part
+from pallas_flash.backends.hopper.storage import window
+
+# Rows of one wgmma: the keys of a warpgroup.
+WG_KEYS = 64
+
+
+def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
+    """The part of math warpgroup `wg`."""
+    smem = kernel.smem
+    own = pl.ds(wg * WG_KEYS, WG_KEYS)
+    plgpu.barrier_wait(smem.kv_ready)
+    if may_hold_padding(kernel.spec):
+        # The other warpgroup first reads these rows of K after `ds_ready`.
+        scrub(smem.k.at[own])
+        scrub(smem.v.at[own])
+
+    def all_tiles(accs):
+        step = partial(_step, kernel, wg, accs)
+        for_each_q_tile(kernel, partial(step, masked=False), partial(step, masked=True))
+
+    dk, dv = pl.run_state(all_tiles)(
+        (
+            zero_accumulator(WG_KEYS, smem.k.shape[-1]),
+            zero_accumulator(WG_KEYS, smem.v.shape[-1]),
+        )
+    )
+    # Only this warpgroup read these rows of V.
+    _store(kernel, wg, dv, smem.v.at[own], dv_gmem)
+    # K was read by both, in dQ.
+    plgpu.barrier_arrive(smem.k_read)
+    plgpu.barrier_wait(smem.k_read)
+    _store(kernel, wg, dk * kernel.spec.scale, smem.k.at[own], dk_gmem)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _store(kernel: Kernel, wg: Any, value: Any, staging_smem: Any, array_gmem: Any) -> None:
+    """Stores this warpgroup's rows of dK or dV."""
+    staging_smem[...] = value.astype(staging_smem.dtype)
+    plgpu.commit_smem()
+    block, start = kernel.block, kernel.kv_start + wg * WG_KEYS
+    target = window(array_gmem, block.batch, start, block.kv_head, staging_smem)
+    plgpu.copy_smem_to_gmem(staging_smem, target)
+
+
+def _step(kernel: Kernel, wg: Any, accs: Any, t: Any, q_head: Any, q_tile: Any, masked: bool):
+    """Adds one query tile's part to dK, dV (registers) and dQ (memory)."""
+    smem, config = kernel.smem, kernel.config
+    dk_acc, dv_acc = accs
+    own = pl.ds(wg * WG_KEYS, WG_KEYS)
+    q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
+    q_smem, dout_smem = smem.q.at[q_slot], smem.dout.at[dout_slot]
+    ds_slot = stage(t, NUM_SCORE_STAGES)
+
+    def products(s_acc, dp_acc):
+        plgpu.barrier_wait(smem.q_ready.at[q_slot])
+        plgpu.wgmma(s_acc, smem.k.at[own], q_smem.transpose((1, 0)))
+        plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
+        plgpu.wgmma(dp_acc, smem.v.at[own], dout_smem.transpose((1, 0)))
+        pl.run_scoped(partial(gradients, s_acc, dp_acc), accumulator(*dq_part(kernel.spec, config)))
+
+    def gradients(s_acc, dp_acc, dq_acc):
+        s = load_accumulator(s_acc, wait_n=1)
+        allowed = None
+        if masked:
+            q_start, kv_start = q_tile * config.block_q, kernel.kv_start + wg * WG_KEYS
+            allowed = allowed_tile(kernel, q_head, q_start, kv_start, s.shape)
+        p = probabilities(kernel, s, smem.lse_log2.at[q_slot], allowed)
+        plgpu.wgmma(dv_acc, p.astype(kernel.spec.dtype), dout_smem)
+        dp = load_accumulator(dp_acc, wait_n=1)
+        ds = score_gradients(p, dp, smem.delta.at[dout_slot]).astype(kernel.spec.dtype)
+        smem.ds.at[ds_slot, own][...] = ds
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
+        plgpu.wgmma(dk_acc, ds, q_smem)
+        plgpu.barrier_wait(smem.ds_ready.at[ds_slot])
+        _dq_product(kernel, wg, smem.ds.at[ds_slot], dq_acc)
+        # Everything is awaited here: with products left in flight across the step ptxas runs out
+        # of registers and serialises them all (its warning C7512).
+        dq = load_accumulator(dq_acc, wait_n=0)
+        free_stages(kernel, t)
+        add_dq(kernel, wg, q_head, q_tile, dq)
+
+    scores = accumulator(WG_KEYS, config.block_q)
+    pl.run_scoped(products, scores, scores)
+
+
+def _dq_product(kernel: Kernel, wg: Any, ds_smem: Any, dq_acc: Any) -> None:
+    """dQ = dS K over the keys of both warpgroups: half the columns, or half the rows."""
+    rows, columns = dq_acc.shape
+    if kernel.config.splits_dq_columns:
+        part = kernel.smem.k.at[:, pl.ds(wg * columns, columns)]
+        plgpu.wgmma(dq_acc, ds_smem.transpose((1, 0)), part)
+    else:
+        part = ds_smem.at[:, pl.ds(wg * rows, rows)]
+        plgpu.wgmma(dq_acc, part.transpose((1, 0)), kernel.smem.k)

@@ -1,0 +1,312 @@
+"""What both backward kernels share: sizes, the walk over query tiles, the producer, probabilities.
+
+One block owns the keys of one tile of one kv head. It streams the query tiles of all query heads
+that share this kv head, so dK and dV leave it once and complete, and adds its part of dQ to float32
+memory. Scores are transposed (keys along rows), so that P^T and dS^T are left operands.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_flash.backends.hopper.backward_storage import Storage
+from pallas_flash.backends.hopper.config import BackwardConfig
+from pallas_flash.backends.hopper.storage import (
+    LOG2_E,
+    MATRIX,
+    PER_COLUMN,
+    mask_with_scalars,
+    schedule_bound,
+    window,
+    zero_matrix,
+)
+from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST
+from pallas_flash.spec import AttentionSpec
+
+# Math warpgroups of a block; one more warpgroup only issues TMA loads.
+NUM_MATH_WGS = 2
+# Registers a thread: 128 * (24 + 2 * 240) stay within the 64 K of an SM.
+PRODUCER_REGISTERS, MATH_REGISTERS = 24, 240
+
+
+class GlobalRefs(NamedTuple):
+    """What a kernel reads and writes in GMEM.
+
+    q, k, v, dout: [B, T, H, D]. lse_log2, delta: [B, Hq, Tq rounded up to block_q] float32.
+    schedule: [B or 1, Hq or 1, num_kv_tiles, 4] int32 or None. mask_leaves: the mask's arrays.
+    dq_acc: [B, Tq, Hq, D] float32, added to.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    dout: Any
+    lse_log2: Any
+    delta: Any
+    schedule: Any
+    mask_leaves: Any
+    dq_acc: Any
+
+
+class Block(NamedTuple):
+    """Which keys a thread block owns."""
+
+    batch: Any
+    kv_head: Any
+    kv_tile: Any
+
+
+class Runs(NamedTuple):
+    """Which of the three successive loops over query tiles can have anything to do."""
+
+    masked_before: bool
+    unmasked: bool
+    masked_after: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch: what is static, the refs, and the block."""
+
+    spec: AttentionSpec
+    config: BackwardConfig
+    runs: Runs
+    gmem: GlobalRefs
+    smem: Storage
+    block: Block
+
+    @property
+    def kv_start(self) -> Any:
+        return self.block.kv_tile * self.config.block_kv
+
+    @property
+    def num_q_tiles(self) -> int:
+        return pl.cdiv(self.spec.q_len, self.config.block_q)
+
+    def q_head(self, index: Any) -> Any:
+        return self.block.kv_head * self.spec.group + index
+
+
+def may_hold_padding(spec: AttentionSpec) -> bool:
+    """Whether there may be queries or keys that the mask leaves unused: they may hold anything."""
+    has_arrays = bool(jax.tree.leaves(spec.mask))
+    return has_arrays or (spec.mask is not None and spec.q_len != spec.kv_len)
+
+
+def stage(step: Any, count: int) -> Any:
+    return lax.rem(step, jnp.int32(count))
+
+
+def for_each_q_tile(kernel: Kernel, unmasked: Callable, masked: Callable) -> Any:
+    """Calls ``step(t, q_head, q_tile)``, t = 0, 1, .., for the tiles to visit; returns how many.
+
+    There is always a first step, outside of any loop, even if the mask then allows nothing.
+    """
+    runs = kernel.runs
+
+    def one_head(index, t, is_first):
+        q_head = kernel.q_head(index)
+        first, full_first, full_last, last = _edges(kernel, q_head)
+
+        def loop(start, end, step):
+            def body(q_tile, _):
+                step(t + (q_tile - first), q_head, q_tile)
+
+            lax.fori_loop(start, end, body, None)
+
+        begin = first
+        if is_first:
+            # Peeled: ptxas spills less in the loops, +3% at head_dim 128, H100, JAX 0.11.2.
+            step = masked if runs.masked_before or runs.masked_after else unmasked
+            step(t, q_head, first)
+            begin, last = first + 1, jnp.maximum(last, first + 1)
+        if runs.masked_before:
+            loop(begin, full_first, masked)
+        if runs.unmasked:
+            loop(jnp.maximum(begin, full_first), full_last, unmasked)
+        if runs.masked_after:
+            loop(jnp.maximum(begin, full_last), last, masked)
+        return t + (last - first)
+
+    zero = kernel.block.kv_tile * 0
+    t = one_head(zero, zero, is_first=True)
+    if kernel.spec.group == 1:
+        return t
+    return lax.fori_loop(1, kernel.spec.group, partial(one_head, is_first=False), t)
+
+
+def _edges(kernel: Kernel, q_head: Any) -> tuple[Any, Any, Any, Any]:
+    """first, full_first, full_last and last query tile that a head visits, int32."""
+    zero = kernel.block.kv_tile * 0
+    if kernel.gmem.schedule is None:
+        return zero, zero, zero + kernel.num_q_tiles, zero + kernel.num_q_tiles
+    where = (kernel.gmem.schedule, kernel.block.batch, q_head, kernel.block.kv_tile)
+    first, full_first, full_last, last = (
+        schedule_bound(*where, edge) for edge in (FIRST, FULL_FIRST, FULL_LAST, LAST)
+    )
+    return first, full_first, full_last, last
+
+
+class Stream(NamedTuple):
+    """Tiles with a float32 number per query that pass through stages: Q with lse, dO with delta."""
+
+    tile_gmem: Any
+    row_gmem: Any
+    tile_smem: Any
+    row_smem: Any
+    ready: Any
+    free: Any
+    num_stages: int
+
+
+def load_tiles(kernel: Kernel) -> None:
+    """The producer: K and V once, then Q with lse and dO with delta, tile by tile."""
+    gmem, smem, block, config = kernel.gmem, kernel.smem, kernel.block, kernel.config
+    for array_gmem, tile_smem in ((gmem.k, smem.k), (gmem.v, smem.v)):
+        part = window(array_gmem, block.batch, kernel.kv_start, block.kv_head, tile_smem)
+        plgpu.copy_gmem_to_smem(part, tile_smem, smem.kv_ready)
+
+    q = Stream(
+        *(gmem.q, gmem.lse_log2, smem.q, smem.lse_log2),
+        *(smem.q_ready, smem.q_free, config.num_q_stages),
+    )
+    dout = Stream(
+        *(gmem.dout, gmem.delta, smem.dout, smem.delta),
+        *(smem.dout_ready, smem.dout_free, config.num_dout_stages),
+    )
+
+    def load(t, q_head, q_tile):
+        _load_stage(kernel, q, t, q_head, q_tile)
+        _load_stage(kernel, dout, t, q_head, q_tile)
+
+    steps = for_each_q_tile(kernel, load, load)
+    _drain(q, steps)
+    _drain(dout, steps)
+
+
+def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any) -> None:
+    slot = stage(t, stream.num_stages)
+
+    @pl.when(t >= stream.num_stages)
+    def _():
+        plgpu.barrier_wait(stream.free.at[slot])
+
+    batch, start = kernel.block.batch, q_tile * kernel.config.block_q
+    tile_smem, ready = stream.tile_smem.at[slot], stream.ready.at[slot]
+    part = window(stream.tile_gmem, batch, start, q_head, tile_smem)
+    plgpu.copy_gmem_to_smem(part, tile_smem, ready)
+    row = stream.row_gmem.at[batch, q_head, pl.ds(start, kernel.config.block_q)]
+    plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot], ready)
+
+
+def _drain(stream: Stream, steps: Any) -> None:
+    """Waits for the last use of every stage.
+
+    Interpret mode of JAX 0.11.2 wants every phase of a barrier observed by whoever waits on it.
+    """
+
+    def wait(slot):
+        @pl.when(slot < steps)
+        def _():
+            plgpu.barrier_wait(stream.free.at[slot])
+
+    for slot in range(stream.num_stages):
+        wait(slot)
+
+
+def allowed_tile(kernel: Kernel, q_head: Any, q_start: Any, kv_start: Any, shape: Any) -> Any:
+    """Whether queries from q_start on may attend to keys from kv_start on: [keys, queries]."""
+    kv_pos = kv_start + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+    q_pos = q_start + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+    spec = kernel.spec
+    conditions = []
+    if spec.kv_len % kernel.config.block_kv:
+        conditions.append(kv_pos < spec.kv_len)
+    if spec.q_len % kernel.config.block_q and may_hold_padding(spec):
+        # Queries over the end weigh nothing, but a mask may let them meet keys that hold NaN.
+        conditions.append(q_pos < spec.q_len)
+    if spec.mask is not None:
+        leaves, batch = kernel.gmem.mask_leaves, kernel.block.batch
+        mask = mask_with_scalars(spec.mask, leaves, spec.batch, batch, q_head)
+        conditions.append(mask.allowed(q_pos, kv_pos))
+    assert conditions, "a masked loop without anything to mask"
+    return functools.reduce(operator.and_, conditions)
+
+
+def probabilities(kernel: Kernel, s: Any, lse_log2_smem: Any, allowed: Any) -> Any:
+    """P^T from raw scores, 0 where not allowed (None: all are). Rows with lse_log2 = inf give 0."""
+    p = jnp.exp2(s * (kernel.spec.scale * LOG2_E) - _per_query(lse_log2_smem, s.shape))
+    return p if allowed is None else jnp.where(allowed, p, 0.0)
+
+
+def score_gradients(p: Any, dp: Any, delta_smem: Any) -> Any:
+    """dS^T without the scale: 0 where P is, since dP is finite there (`scrub`)."""
+    return p * (dp - _per_query(delta_smem, dp.shape))
+
+
+def _per_query(row_smem: Any, shape: Any) -> Any:
+    row = plgpu.load(row_smem, layout=PER_COLUMN, optimized=False)
+    return lax.broadcast_in_dim(row, shape, [1])
+
+
+def scrub(tile_smem: Any) -> None:
+    """Zeroes what is not finite in a part of K or V, where padded keys may hold anything.
+
+    Their P and dS are 0, but dP = dO V^T and dQ = dS K would still take up 0 * NaN. Nothing is
+    hidden: where such a key counts, lse or delta and so every gradient of its rows is not finite.
+    """
+    x = plgpu.load(tile_smem, layout=MATRIX, optimized=False)
+    is_finite = jnp.abs(x.astype(jnp.float32)) < jnp.inf
+    tile_smem[...] = jnp.where(is_finite, x, jnp.zeros_like(x))
+    plgpu.commit_smem()
+
+
+def load_accumulator(acc: Any, wait_n: int) -> Any:
+    """The accumulator's value, awaited until at most `wait_n` later products are in flight."""
+    # Without the barrier the use of the value could be traced across the issue of later products.
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=wait_n))
+
+
+def accumulator(rows: int, columns: int) -> Any:
+    return plgpu.ACC((rows, columns), jnp.float32)
+
+
+def zero_accumulator(rows: int, columns: int) -> Any:
+    """A zero accumulator to carry through ``pl.run_state``."""
+    return plgpu.ACC.init(zero_matrix(rows, columns))
+
+
+def add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
+    """Adds this warpgroup's part of a dQ tile to float32 memory, asynchronously."""
+    config, staging_smem = kernel.config, kernel.smem.dq.at[wg]
+    rows, columns = dq.shape
+    row, column = q_tile * config.block_q, kernel.block.kv_tile * 0
+    if config.splits_dq_columns:
+        column = column + wg * columns
+    else:
+        row = row + wg * rows
+    # The add of the step before has read the staging buffer.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    staging_smem[...] = dq
+    plgpu.commit_smem()
+    at = (kernel.block.batch, pl.ds(row, rows), q_head, pl.ds(column, columns))
+    plgpu.copy_smem_to_gmem(staging_smem, kernel.gmem.dq_acc.at[at], reduction_op="add")
+
+
+def free_stages(kernel: Kernel, t: Any) -> None:
+    """Hands the tiles of step `t` back to the producer.
+
+    lse and delta were read by ordinary loads: a ``commit_smem`` must lie between those and this,
+    since TMA overwrites them.
+    """
+    plgpu.barrier_arrive(kernel.smem.q_free.at[stage(t, kernel.config.num_q_stages)])
+    plgpu.barrier_arrive(kernel.smem.dout_free.at[stage(t, kernel.config.num_dout_stages)])

@@ -1,0 +1,167 @@
+"""Config: how the Hopper kernels cut their work. It changes speed, never results."""
+
+import dataclasses
+
+from pallas_flash.backends.hopper import backward_storage, forward_storage
+from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT, shared_memory_bytes
+from pallas_flash.spec import AttentionSpec
+
+__all__ = [
+    "BackwardConfig",
+    "Config",
+    "ForwardConfig",
+    "default_backward_config",
+    "default_forward_config",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardConfig:
+    """How the forward kernel cuts its work.
+
+    Fields:
+      num_warpgroups: math warpgroups of a block, each with 64 queries: 1, 2 or 3.
+      block_kv: keys of a block, a multiple of 16 up to 256.
+      num_stages: blocks of K and V in flight.
+      takes_turns: whether two warpgroups take turns with the matrix units, so that one computes its
+        softmax while the other multiplies (FlashAttention-3, section 3.1).
+      heads_per_group: query heads whose tiles run next to each other, longest first; their keys
+        and values should fit into the L2 cache.
+
+    Raises:
+      ValueError: if a number is outside its range.
+    """
+
+    num_warpgroups: int
+    block_kv: int
+    num_stages: int
+    takes_turns: bool
+    heads_per_group: int
+
+    def __post_init__(self):
+        if self.num_warpgroups not in (1, 2, 3):
+            raise ValueError(f"num_warpgroups={self.num_warpgroups} must be 1, 2 or 3")
+        if self.block_kv not in range(16, 257, 16):
+            raise ValueError(f"block_kv={self.block_kv} must be a multiple of 16 from 16 to 256")
+        for name in ("num_stages", "heads_per_group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.takes_turns and self.num_warpgroups != 2:
+            raise ValueError(f"takes_turns=True needs num_warpgroups={self.num_warpgroups} to be 2")
+
+    @property
+    def block_q(self) -> int:
+        """Queries of a block."""
+        return self.num_warpgroups * forward_storage.WG_ROWS
+
+    def shared_memory_bytes(self, spec: AttentionSpec) -> int:
+        """SMEM of a block, from what the kernel allocates."""
+        scratch = forward_storage.REDUCTION_SCRATCH_BYTES
+        return shared_memory_bytes(forward_storage.storage(spec, self)) + scratch
+
+
+# The keys and values of a group of heads may take this much of the 50 MB of an H100's L2 cache.
+L2_BYTES_PER_GROUP = 16 * 2**20
+
+
+def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
+    """A sound configuration for any head_dim and value_dim of 16 to 256.
+
+    Scores of 64 x block_kv and an accumulator of 64 x value_dim live in the registers of a
+    warpgroup, 240 a thread with two of them and 160 with three; K and V wait in SMEM.
+    """
+    widest = max(spec.head_dim, spec.value_dim)
+    num_warpgroups = 3 if widest <= 64 else 2
+    # A tile of more queries than there are has idle warpgroups.
+    num_warpgroups = min(num_warpgroups, -(-spec.q_len // forward_storage.WG_ROWS))
+    bytes_per_kv_head = spec.kv_len * (spec.head_dim + spec.value_dim) * spec.dtype.itemsize
+    # Without a mask all tiles are equally long, and the tiles of one head share its keys best:
+    # +2% at 4 x 4096 x 16 x 128, H100, JAX 0.11.2.
+    kv_heads = 0 if spec.mask is None else L2_BYTES_PER_GROUP // bytes_per_kv_head
+    most_keys = 128 if widest <= 128 else 96 if widest <= 192 else 64
+    configs = (
+        ForwardConfig(
+            num_warpgroups=num_warpgroups,
+            block_kv=block_kv,
+            num_stages=2,
+            takes_turns=num_warpgroups == 2,
+            heads_per_group=max(1, kv_heads * spec.group),
+        )
+        for block_kv in (128, 96, 64, 48)
+        if block_kv <= most_keys
+    )
+    return next(c for c in configs if c.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT)
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardConfig:
+    """How the backward kernel cuts its work; never changes a result.
+
+    Fields:
+      block_q: queries of a tile, 64 or 128.
+      block_kv: keys of a block. 128: each of two warpgroups owns 64 keys and dK, dV for them; they
+        split dQ by columns (block_q 64) or by rows (block_q 128). 64: the two share the keys and
+        split every gradient by columns, for head dimensions whose dK and dV fill more registers.
+      num_q_stages: tiles of Q in flight.
+      num_dout_stages: tiles of dO in flight.
+      heads_per_group: kv heads whose blocks run next to each other, first keys first; what they
+        stream and add to should fit into the L2 cache.
+
+    Raises:
+      ValueError: if a tile size is neither 64 nor 128, or a number of stages below 1.
+    """
+
+    block_q: int
+    block_kv: int
+    num_q_stages: int
+    num_dout_stages: int
+    heads_per_group: int
+
+    def __post_init__(self):
+        for name in ("block_q", "block_kv"):
+            if getattr(self, name) not in (64, 128):
+                raise ValueError(f"{name}={getattr(self, name)} must be 64 or 128")
+        for name in ("num_q_stages", "num_dout_stages", "heads_per_group"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def splits_columns(self) -> bool:
+        """Whether the warpgroups split all gradients by columns and not dK, dV by keys."""
+        return self.block_kv == 64
+
+    @property
+    def splits_dq_columns(self) -> bool:
+        """Whether the warpgroups split a dQ tile by columns and not by rows."""
+        return self.splits_columns or self.block_q == 64
+
+    def shared_memory_bytes(self, spec: AttentionSpec) -> int:
+        """SMEM of a block, from what the kernel allocates."""
+        return shared_memory_bytes(backward_storage.storage(spec, self))
+
+
+def default_backward_config(spec: AttentionSpec) -> BackwardConfig:
+    """A sound configuration for any head_dim and value_dim of 16 to 256."""
+    widest = max(spec.head_dim, spec.value_dim)
+    # Q, dO and the float32 dQ of the queries that read one kv head.
+    bytes_per_query = (
+        spec.head_dim * (spec.dtype.itemsize + 4) + spec.value_dim * spec.dtype.itemsize
+    )
+    bytes_per_kv_head = spec.group * spec.q_len * bytes_per_query
+    heads = max(1, L2_BYTES_PER_GROUP // bytes_per_kv_head)
+    if widest <= 64:
+        return BackwardConfig(128, 128, 2, 2, heads)
+    block_kv = 128 if widest <= 128 else 64
+    for stages in ((2, 2), (2, 1), (1, 1)):
+        config = BackwardConfig(64, block_kv, *stages, heads)
+        if config.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT:
+            return config
+    raise AssertionError(f"no backward tiles fit head_dim={spec.head_dim}, {spec.value_dim=}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How both kernels cut their work."""
+
+    forward: ForwardConfig
+    backward: BackwardConfig

@@ -1,0 +1,67 @@
+"""SMEM and barriers of the forward kernel."""
+
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_flash.backends.hopper.storage import Columns, head_columns, tiled, tma_can_tile
+from pallas_flash.spec import AttentionSpec
+
+# Queries of a consumer warpgroup: the rows of one wgmma.
+WG_ROWS = 64
+# What Pallas sets apart for reductions over rows. None here crosses warps, so little will do.
+REDUCTION_SCRATCH_BYTES = 1024
+
+
+class Storage(NamedTuple):
+    """What a block allocates.
+
+    The leading axis of q, out and lse counts warpgroups, that of k and v stages. `out` is None
+    where the result is staged in the tile of q. `turn` orders the warpgroups' use of the matrix
+    units, or is None.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+
+
+def query_columns(spec: AttentionSpec) -> Columns:
+    """Layout of head_dim."""
+    return head_columns(spec.head_dim)
+
+
+def value_columns(spec: AttentionSpec, block_kv: int) -> Columns:
+    """Layout of value_dim: keys, which P V sums over, must be whole swizzle tiles too."""
+    return head_columns(
+        spec.value_dim, widest_tile=next(t for t in (64, 32, 16) if block_kv % t == 0)
+    )
+
+
+def storage(spec: AttentionSpec, config: Any) -> Storage:
+    """The scratch types of a block."""
+    wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
+    qk, vo = query_columns(spec), value_columns(spec, block_kv)
+    out_fits_q = vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
+    return Storage(
+        q=tiled((wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
+        k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
+        v=tiled((stages, block_kv, vo.smem), spec.dtype, vo.tile),
+        out=None if out_fits_q else tiled((wgs, WG_ROWS, vo.smem), spec.dtype, vo.tile),
+        lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
+        q_ready=plgpu.Barrier(num_barriers=wgs),
+        k_ready=plgpu.Barrier(num_barriers=stages),
+        v_ready=plgpu.Barrier(num_barriers=stages),
+        k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+        turn=plgpu.Barrier(num_arrivals=wgs) if config.takes_turns else None,
+    )

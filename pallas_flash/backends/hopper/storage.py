@@ -1,0 +1,233 @@
+"""What the Hopper kernels share: how tiles lie in memory, products, and the numbers of a mask."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_flash.masks import And, KvLengths, Mask
+from pallas_flash.terms import BATCH, HEADS, map_operands
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2.0)
+# What a block of an H100 may have, in bytes.
+SHARED_MEMORY_LIMIT = 232448
+# Every allocation starts at a multiple of this.
+SMEM_ALIGNMENT = 1024
+# TMA cuts arrays into tiles of 8 rows: a longer array must be a multiple of them.
+TMA_ROWS = 8
+MATRIX = plgpu.Layout.WGMMA
+# A vector with one number for each row, or each column, of a matrix.
+PER_ROW = MATRIX.reduce(1)
+PER_COLUMN = MATRIX.reduce(0)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+# ---------------------------------------------------------------------------------------------
+# Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """How a head dimension lies in memory.
+
+    Fields:
+      gmem: its size in the kernel's arrays: the dimension, rounded up to 16 where TMA needs it.
+      smem: its size in a tile; TMA fills the difference with zeros and never stores it.
+      tile: columns of a swizzle tile.
+    """
+
+    gmem: int
+    smem: int
+    tile: int
+
+
+def head_columns(dim: int, parts: int = 1, widest_tile: int = 64) -> Columns:
+    """The narrowest layout of `dim` whose `parts` equal parts are whole swizzle tiles."""
+    for gmem in (dim, round_up(dim, 16)):
+        for smem in range(round_up(gmem, 16), round_up(gmem, 64) + 1, 16):
+            for tile in (64, 32, 16):
+                is_whole = smem % (parts * tile) == 0
+                if tile <= widest_tile and is_whole and tma_can_tile(gmem, tile):
+                    return Columns(gmem, smem, tile)
+    raise AssertionError(f"no layout for head dimension {dim} in {parts} parts")
+
+
+def tma_can_tile(columns: int, tile: int) -> bool:
+    """Whether TMA can cut an array of so many columns: into whole tiles, or a part of one."""
+    return columns <= tile or columns % tile == 0
+
+
+def tiled(shape: tuple[int, ...], dtype: Any, tile: int) -> Any:
+    """SMEM in swizzled tiles of 8 rows x `tile` columns, as TMA writes and wgmma reads them."""
+    swizzle = tile * jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(
+        shape,
+        dtype,
+        transforms=(plgpu.TilingTransform((8, tile)), plgpu.SwizzleTransform(swizzle)),
+    )
+
+
+def shared_memory_bytes(allocations: Any) -> int:
+    """SMEM that Pallas requests for scratch types: buffers aligned, 8 bytes a barrier."""
+    total = 0
+    for item in jax.tree.leaves(allocations, is_leaf=lambda x: isinstance(x, plgpu.Barrier)):
+        if isinstance(item, plgpu.Barrier):
+            total += 8 * int(np.prod(item.num_barriers))
+        else:
+            size = math.prod(item.shape) * jnp.dtype(item.dtype).itemsize
+            total += round_up(size, SMEM_ALIGNMENT)
+    return total
+
+
+def tma_rows(length: int) -> int:
+    """Number of positions that an array needs for TMA to read and write it."""
+    return length if length <= TMA_ROWS else round_up(length, TMA_ROWS)
+
+
+def padded(x: Any, columns: Columns) -> Any:
+    """[B, T, H, D] as TMA can read it: itself, unless an odd length or dimension needs zeros."""
+    rows = tma_rows(x.shape[1]) - x.shape[1]
+    width = columns.gmem - x.shape[3]
+    return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, width))) if rows or width else x
+
+
+def window(array: Any, batch: Any, start: Any, head: Any, tile: Any) -> Any:
+    """The part of a GMEM array [B, T, H, D] from position `start` on that fills the SMEM `tile`.
+
+    It may reach over the ends of T and D: TMA reads zeros and writes nothing there.
+    """
+    rows, columns = tile.shape
+    # Never a constant: Pallas refuses a slice that it can see is too wide.
+    zero = batch * 0
+    return array.at[batch, pl.ds(start, rows), head, pl.ds(zero, columns)]
+
+
+def locate(index: Any, num_tiles: int, num_heads: int, heads_per_group: int) -> tuple[Any, Any]:
+    """Head and tile of block `index`: group by group of heads, in each the first tiles first.
+
+    The heads of a group run side by side and share the L2 cache.
+    """
+    group_size = min(heads_per_group, num_heads)
+    group = lax.div(index, jnp.int32(num_tiles * group_size))
+    within = index - group * (num_tiles * group_size)
+    first_head = group * group_size
+    size = jnp.int32(group_size)
+    if num_heads % group_size:
+        size = jnp.minimum(size, num_heads - first_head)
+    return first_head + lax.rem(within, size), lax.div(within, size)
+
+
+# ---------------------------------------------------------------------------------------------
+# Products and vectors
+
+
+def mm(a: Any, b: Any, during: Callable[[], None] | None = None) -> Any:
+    """a @ b, float32. `during` is traced while the product runs: between its issue and its wait.
+
+    a: [M, K] in SMEM or registers, b: [K, N] in SMEM.
+    """
+
+    def product(acc):
+        plgpu.wgmma(acc, a, b)
+        if during is not None:
+            during()
+        return acc[...]
+
+    return pl.run_scoped(product, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def mm_add(c: Any, a: Any, b: Any, during: Callable[[], None] | None = None) -> Any:
+    """c + a @ b, accumulated in the registers of `c` [M, N] float32; `during` as in `mm`."""
+
+    def product(acc):
+        plgpu.wgmma(acc, a, b)
+        if during is not None:
+            during()
+
+    return pl.run_state(product)(plgpu.ACC.init(c))
+
+
+def constant_per_row(rows: int, value: float) -> Any:
+    return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), PER_ROW)
+
+
+def zero_matrix(rows: int, columns: int) -> Any:
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), MATRIX)
+
+
+def widen_rows(row: Any, shape: tuple[int, int]) -> Any:
+    """A matrix whose rows are constant, from one number per row."""
+    return lax.broadcast_in_dim(row, shape, [0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Masks
+
+
+def read_scalar(ref: Any, *index: Any) -> Any:
+    """One integer of an array in GMEM."""
+    # Inside shard_map an array in GMEM varies over the mesh in its type, and what a kernel computes
+    # does not: the sum takes that off, or else no loop could start from the number.
+    return ref[index] + jnp.int32(0)
+
+
+def mask_with_scalars(
+    mask: Mask, leaf_refs: Sequence[Any], batch_size: int, batch: Any, head: Any
+) -> Mask:
+    """A mask with every array replaced by its number for one row of the batch and one query head.
+
+    mask: with shapes in place of arrays; leaf_refs: the arrays in GMEM, over batch (and heads).
+    """
+    refs = iter(leaf_refs)
+
+    def read(described, axes):
+        where = {BATCH: batch, HEADS: head}
+        index = []
+        for axis, size in zip(axes, described.shape, strict=True):
+            assert axis in where, f"a mask array over {axis!r} needs tiles, not scalars"
+            if size == 1:
+                index.append(batch * 0)
+            elif axis == BATCH:
+                index.append(lax.div(batch, jnp.int32(batch_size // size)))
+            else:
+                index.append(head)
+        return read_scalar(next(refs), *index)
+
+    return map_operands(read, mask)
+
+
+def schedule_bound(schedule: Any, batch: Any, head: Any, tile: Any, column: int) -> Any:
+    """One number of a schedule [B or 1, Hq or 1, tiles, 4] in GMEM."""
+    batch_index = batch if schedule.shape[0] > 1 else batch * 0
+    head_index = head if schedule.shape[1] > 1 else batch * 0
+    return read_scalar(schedule, batch_index, head_index, tile, column)
+
+
+def kv_lengths(mask: Mask | None) -> list[Any]:
+    """The arrays of those `KvLengths` beyond which the whole mask allows no key at all."""
+    if isinstance(mask, And):
+        return kv_lengths(mask.left) + kv_lengths(mask.right)
+    return [mask.lengths] if isinstance(mask, KvLengths) else []
+
+
+def without_padding(x: Any, mask: Mask | None) -> Any:
+    """[B, Tkv, Hkv, D] with zeros at keys beyond the lengths that `mask` gives, if it does.
+
+    Padding may hold NaN. P is 0 there, but the product with V would still spread 0 * NaN.
+    """
+    position = lax.broadcasted_iota(jnp.int32, (1, x.shape[1], 1, 1), 1)
+    for lengths in kv_lengths(mask):
+        rows = jnp.repeat(lengths, x.shape[0] // lengths.shape[0], axis=0)
+        x = jnp.where(position < rows[:, None, None, None], x, jnp.zeros_like(x))
+    return x

@@ -1,0 +1,219 @@
+"""The Hopper kernels on a Hopper GPU: values and gradients through the public API.
+
+    make test-gpu
+
+Every case is judged against a float64 oracle and against plain attention in the same precision.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import oracle
+import pallas_flash as pf
+from conftest import Sizes, normal, qkv
+from tolerance import assert_as_good_as_plain, assert_close_to_oracle
+
+pytestmark = pytest.mark.gpu
+
+LENGTHS = [(1, 1), (7, 7), (63, 63), (65, 65), (129, 129), (1000, 1000), (4097, 4097)]
+UNEQUAL = [(1, 1000), (1000, 1), (65, 1000), (1000, 129), (257, 4097)]
+HEAD_DIMS = [16, 40, 64, 80, 96, 128, 192, 256]
+HEADS = {"mha": (4, 4), "gqa-8-to-1": (8, 1), "gqa-2-to-1": (4, 2), "mqa": (3, 1)}
+
+
+def length_mask(z: Sizes):
+    kv = np.linspace(0, z.kv_len, z.batch).astype(np.int32)
+    q = np.linspace(z.q_len, z.q_len // 2, z.batch).astype(np.int32)
+    mask = pf.KvLengths(jnp.asarray(kv)) & pf.QLengths(jnp.asarray(q)) & pf.Causal("bottom_right")
+    rows, keys = np.arange(z.q_len)[:, None], np.arange(z.kv_len)[None]
+    allowed = (keys < kv[:, None, None, None]) & (rows < q[:, None, None, None])
+    return mask, allowed & (keys <= rows + z.kv_len - z.q_len)
+
+
+def window_mask(z: Sizes):
+    distance = np.arange(z.kv_len)[None] - np.arange(z.q_len)[:, None]
+    return pf.SlidingWindow(100, 30), (distance >= -100) & (distance <= 30)
+
+
+def causal_mask(z: Sizes):
+    return pf.Causal(), np.arange(z.kv_len)[None] <= np.arange(z.q_len)[:, None]
+
+
+def not_or_mask(z: Sizes):
+    distance = np.arange(z.kv_len)[None] - np.arange(z.q_len)[:, None]
+    mask = ~(pf.SlidingWindow(64, 64) | ~pf.Causal(offset=200))
+    return mask, ~((np.abs(distance) <= 64) | ~(distance <= 200))
+
+
+MASKS = {
+    "full": lambda z: (None, np.ones((1, 1), bool)),
+    "causal": causal_mask,
+    "lengths-and-bottom-right": length_mask,
+    "window": window_mask,
+    "not-or": not_or_mask,
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def with_gradients(function, arrays, cotangents):
+    results, vjp = jax.vjp(function, *arrays)
+    return *results, *vjp(cotangents)
+
+
+def check(sizes: Sizes, make_mask, dtype, record, backend="hopper"):
+    mask, allowed = make_mask(sizes)
+    allowed = jnp.asarray(allowed)
+    arrays = qkv(sizes, dtype)
+    dout = normal(5, sizes.batch, sizes.q_len, sizes.num_q_heads, sizes.value_dim, dtype=dtype)
+    dlse = normal(6, sizes.batch, sizes.num_q_heads, sizes.q_len)
+
+    def finite(results):
+        return results[0], jnp.where(results[1] == -jnp.inf, 0.0, results[1])
+
+    def ours(q, k, v):
+        return finite(pf.flash_attention_with_lse(q, k, v, mask=mask, backend=backend))
+
+    def plain(q, k, v):
+        return finite(oracle.plain_attention_with_lse(q, k, v, allowed))
+
+    def exact(q, k, v):
+        return finite(oracle.attention(q, k, v, allowed=allowed))
+
+    got = with_gradients(ours, arrays, (dout, dlse))
+    usual = with_gradients(plain, arrays, (dout, dlse))
+    truth, gradients = oracle.with_gradients(arrays, (dout, dlse), exact)
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, usual, (*truth, *gradients)):
+        record(f"error_{name}", float(np.abs(np.asarray(a, np.float64) - np.asarray(c)).max()))
+        if name == "lse":
+            assert_close_to_oracle(a, c, name, rtol=1e-5)
+        else:
+            assert_as_good_as_plain(a, b, c, name, 2.0 if name == "out" else 3.0)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("length", LENGTHS + UNEQUAL, ids=lambda n: f"{n[0]}x{n[1]}")
+def test_any_length(length, mask, record_property):
+    sizes = (
+        Sizes(2, *length, 4, 2, 64, 64) if max(length) < 4000 else Sizes(1, *length, 2, 1, 64, 64)
+    )
+    check(sizes, MASKS[mask], jnp.bfloat16, record_property)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_any_head_dim(head_dim, mask, dtype, record_property):
+    sizes = Sizes(2, 1000, 1000, 4, 2, head_dim, head_dim)
+    check(sizes, MASKS[mask], dtype, record_property)
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (64, 256), (256, 16), (40, 72), (128, 64)])
+def test_value_dim_of_its_own(dims, record_property):
+    check(Sizes(2, 333, 500, 4, 2, *dims), MASKS["causal"], jnp.bfloat16, record_property)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", HEADS)
+def test_head_groups(heads, head_dim, record_property):
+    sizes = Sizes(2, 700, 500, *HEADS[heads], head_dim, head_dim)
+    check(sizes, MASKS["causal"], jnp.bfloat16, record_property)
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 128, 192])
+@pytest.mark.parametrize("mask", ["lengths-and-bottom-right", "window", "not-or"])
+def test_masks(mask, head_dim, record_property):
+    sizes = Sizes(3, 777, 900, 4, 2, head_dim, head_dim)
+    check(sizes, MASKS[mask], jnp.bfloat16, record_property)
+
+
+def test_nan_in_padding_does_not_leak():
+    sizes = Sizes(2, 300, 500, 4, 2, 64, 64)
+    q, k, v = qkv(sizes, jnp.bfloat16)
+    lengths = jnp.array([70, 400], jnp.int32)
+    beyond = (jnp.arange(500) >= lengths[:, None])[..., None, None]
+    attention = lambda q, k, v: pf.flash_attention(  # noqa: E731
+        q, k, v, mask=pf.KvLengths(lengths), backend="hopper"
+    )
+    results = []
+    for fill in (0.0, jnp.nan):
+        poisoned = [jnp.where(beyond, fill, x).astype(x.dtype) for x in (k, v)]
+        out, vjp = jax.vjp(attention, q, *poisoned)
+        results.append((out, *vjp(jnp.ones_like(out))[1:]))
+    for clean, dirty in zip(*results):
+        assert (clean == dirty).all()
+
+
+def test_memory_of_a_training_step_is_linear_in_length():
+    def temporaries(length):
+        q = jax.ShapeDtypeStruct((1, length, 8, 64), jnp.bfloat16)
+
+        def loss(q, k, v):
+            return (
+                pf.flash_attention(q, k, v, mask=pf.Causal(), backend="hopper")
+                .astype(jnp.float32)
+                .sum()
+            )
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(8192), temporaries(32768)
+    assert long < 4.5 * short
+    assert long < 0.5 * 2**30
+
+
+def test_more_than_2_to_the_31_elements(record_property):
+    """Only rows at both ends are compared: the whole oracle would not fit."""
+    batch, length, heads, dim = 33, 8192, 64, 128
+    assert batch * length * heads * dim > 2**31
+    shape = (batch, length, heads, dim)
+    q, k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3))
+    window = pf.SlidingWindow(200, 0)
+    attention = functools.partial(pf.flash_attention, mask=window, backend="hopper")
+    out = jax.jit(attention)(q, k, v)
+    for rows in (slice(0, 1), slice(batch - 1, batch)):
+        part = [x[rows, -1024:, -2:] for x in (q, k, v)]
+        want = jax.jit(attention)(*part)
+        ours = out[rows, -1024:, -2:]
+        difference = jnp.abs((ours - want)[:, 200:].astype(jnp.float32)).max()
+        record_property("difference", float(difference))
+        assert difference < 0.02
+    del out
+    small = slice(batch - 1, batch)
+    loss = lambda *x: attention(*x).astype(jnp.float32).sum()  # noqa: E731
+    grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    big = grads(q, k, v)
+    for a, b in zip(big, grads(*(x[small] for x in (q, k, v)))):
+        difference = jnp.abs((a[small] - b).astype(jnp.float32)).max()
+        assert difference <= 0.02 * jnp.abs(b.astype(jnp.float32)).max()
+
+
+def test_default_is_hopper_and_falls_back_with_a_warning():
+    q, k, v = qkv(Sizes(), jnp.bfloat16)
+    assert pf.explain_backends(q, k, v)["hopper"] is None
+    with pytest.warns(UserWarning, match="'blockwise', which is slower than 'hopper'.*Softcap"):
+        pf.flash_attention(q, k, v, score_mod=pf.Softcap(7.0))
+
+
+def test_remat_scan_and_vmap_on_the_device():
+    sizes = Sizes(2, 256, 256, 4, 2, 64, 64)
+    q, k, v = qkv(sizes, jnp.bfloat16)
+
+    def loss(backend, q, k, v):
+        def body(x, _):
+            one = functools.partial(pf.flash_attention, mask=pf.Causal(), backend=backend)
+            return jax.checkpoint(jax.vmap(one))(x[None], k[None], v[None])[0] + x, None
+
+        return (jax.lax.scan(body, q, length=2)[0].astype(jnp.float32) ** 2).sum()
+
+    gradients = [
+        jax.jit(jax.grad(functools.partial(loss, b), argnums=(0, 1, 2)))(q, k, v)
+        for b in ("hopper", "reference")
+    ]
+    for a, b in zip(*gradients):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        assert jnp.linalg.norm(a - b) < 0.02 * jnp.linalg.norm(b)

@@ -1,0 +1,393 @@
+"""The Hopper backward: its real kernel bodies in interpret mode, and their lowering for CUDA."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+
+import interp_shim
+import oracle
+import pallas_flash as pf
+from pallas_flash.backends.hopper import (
+    backward_by_columns,
+    backward_by_keys,
+    backward_common,
+    default_config,
+)
+from pallas_flash.backends.hopper.backward import backward
+from pallas_flash.backends.hopper.config import BackwardConfig, Config, default_backward_config
+from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
+from pallas_flash.spec import AttentionSpec, Operands
+from tolerance import assert_as_good_as_plain
+
+interpreted = pytest.mark.timeout(120)
+
+
+@pytest.fixture(autouse=True)
+def _shim():
+    interp_shim.install()
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+class Case(NamedTuple):
+    """One problem: its sizes, and what makes it special."""
+
+    q_len: int
+    kv_len: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    batch: int = 1
+    dtype: Any = jnp.bfloat16
+    mask: Any = None
+    allowed: Any = None
+    config: BackwardConfig | None = None
+
+
+def causal(q_pos, kv_pos):
+    return kv_pos <= q_pos
+
+
+def lengths(*numbers):
+    return jnp.asarray(numbers, jnp.int32)
+
+
+def below(numbers):
+    return np.asarray(numbers)[:, None, None, None]
+
+
+CASES = {
+    "odd-lengths-d64": Case(65, 129, 1, 1, 64, 64),
+    "one-query-one-key-d16": Case(1, 1, 2, 1, 16, 24),
+    "few-rows-d72": Case(5, 3, 1, 1, 72, 16),
+    "gqa-d40": Case(70, 140, 4, 2, 40, 40),
+    "mqa-d128-causal": Case(130, 130, 4, 1, 128, 128, mask=pf.Causal(), allowed=causal),
+    "stages-reused-d64-causal": Case(600, 200, 1, 1, 64, 64, mask=pf.Causal(), allowed=causal),
+    "stages-reused-d128": Case(330, 100, 1, 1, 128, 128),
+    "more-queries-d96-causal-bottom-right": Case(
+        150, 70, 2, 2, 96, 96, mask=pf.Causal("bottom_right"),
+        allowed=lambda q, k: k <= q + 70 - 150,
+    ),
+    "more-keys-d80-causal": Case(70, 200, 1, 1, 80, 80, mask=pf.Causal(), allowed=causal),
+    "window-value-dim-32": Case(
+        150, 330, 1, 1, 64, 32, mask=pf.SlidingWindow(40, 10),
+        allowed=lambda q, k: (k >= q - 40) & (k <= q + 10),
+    ),
+    "not-causal": Case(
+        90, 140, 1, 1, 32, 48, mask=~pf.Causal(), allowed=lambda q, k: k > q
+    ),
+    "causal-and-lengths-gqa": Case(
+        130, 130, 2, 1, 64, 64, batch=2,
+        mask=pf.Causal() & pf.QLengths(lengths(100, 7)) & pf.KvLengths(lengths(90, 0)),
+        allowed=lambda q, k: (k <= q) & (q < below([100, 7])) & (k < below([90, 0])),
+    ),
+    "lengths-of-groups-of-rows": Case(
+        40, 140, 1, 1, 64, 64, batch=4, mask=pf.KvLengths(lengths(30, 135)),
+        allowed=lambda q, k: k < below([30, 30, 135, 135]),
+    ),
+    "f16-value-dim-192": Case(
+        70, 90, 1, 1, 128, 192, dtype=jnp.float16, mask=pf.Causal(), allowed=causal
+    ),
+    "d192-value-dim-128-gqa": Case(80, 60, 2, 1, 192, 128),
+    "d256-causal": Case(200, 70, 1, 1, 256, 256, mask=pf.Causal(), allowed=causal),
+    "d200-lengths": Case(
+        70, 130, 1, 1, 200, 24, mask=pf.KvLengths(lengths(70)),
+        allowed=lambda q, k: k < below([70]),
+    ),
+    "d64-with-the-tiles-of-d256": Case(
+        150, 60, 1, 1, 64, 64, config=BackwardConfig(64, 64, 2, 1, 1)
+    ),
+    "d64-one-stage-dq-by-columns": Case(
+        150, 100, 1, 1, 64, 64, config=BackwardConfig(64, 128, 1, 1, 3)
+    ),
+}  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """Arrays of a case with the oracle's answer."""
+
+    spec: AttentionSpec
+    config: Config
+    operands: Operands
+    residuals: tuple[Any, Any, Any]
+    gradients: Any
+    allowed: Any
+
+
+def with_backward(spec: AttentionSpec, backward_config: BackwardConfig | None) -> Config:
+    config = default_config(spec)
+    return dataclasses.replace(config, backward=backward_config or config.backward)
+
+
+def problem(case: Case) -> Problem:
+    """The case with the oracle's gradients, for random dout and random dlse of finite lse."""
+    b, t, s, h, k, d, dv = (
+        case.batch, case.q_len, case.kv_len, case.num_q_heads, case.num_kv_heads, case.head_dim,
+        case.value_dim,
+    )  # fmt: skip
+    shapes = {"q": (b, t, h, d), "k": (b, s, k, d), "v": (b, s, k, dv), "dout": (b, t, h, dv)}
+    rng = np.random.default_rng(0)
+    arrays = {name: jnp.asarray(rng.normal(size=n), case.dtype) for name, n in shapes.items()}
+    dout = arrays.pop("dout")
+    allowed = True
+    if case.allowed is not None:
+        allowed = case.allowed(np.arange(t)[:, None], np.arange(s)[None, :])
+    allowed = np.broadcast_to(allowed, (b, 1, t, s))
+    dlse = jnp.asarray(rng.normal(size=(b, h, t)) * allowed.any(-1), jnp.float32)
+
+    @jax.jit
+    def attention(q, k, v):
+        out, lse = oracle.attention(q, k, v, allowed=allowed)
+        return out, jnp.where(lse == -jnp.inf, 0.0, lse)
+
+    (out, lse), gradients = oracle.with_gradients(list(arrays.values()), (dout, dlse), attention)
+    lse = jnp.where(allowed.any(-1), jnp.asarray(lse, jnp.float32), -jnp.inf)
+    delta = np.einsum("bthd,bthd->bht", np.asarray(out), np.asarray(dout, np.float64)) - dlse
+    mask = None if case.mask is None else case.mask.bind(t, s)
+    operands = Operands(**arrays, mask=mask)
+    spec = AttentionSpec.of(operands, d**-0.5)
+    config = with_backward(spec, case.config)
+    residuals = (lse, jnp.asarray(delta, jnp.float32), dout)
+    return Problem(spec, config, operands, residuals, gradients, (allowed, dlse))
+
+
+def interpret(problem: Problem) -> Any:
+    """dq, dk, dv from the kernel in interpret mode, and whether it raced."""
+
+    @jax.jit
+    def run(operands, *residuals):
+        return backward(problem.spec, problem.config, operands, *residuals)[:3]
+
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        results = jax.block_until_ready(run(problem.operands, *problem.residuals))
+    return results, interpret_pallas_call.get_races().races_found
+
+
+def plain(problem: Problem) -> Any:
+    """dq, dk, dv of plain attention in the low precision."""
+    allowed, dlse = problem.allowed
+    group = problem.spec.group
+
+    def attention(q, k, v):
+        k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+        s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+        s = jnp.where(allowed, s * problem.spec.scale, -1e30)
+        lse = jax.nn.logsumexp(s, axis=-1)
+        p = jnp.where(allowed, jnp.exp(s - lse[..., None]), 0.0).astype(v.dtype)
+        return jnp.einsum("bhts,bshd->bthd", p, v), lse
+
+    operands = problem.operands
+    _, vjp = jax.vjp(jax.jit(attention), operands.q, operands.k, operands.v)
+    return vjp((problem.residuals[2], dlse))
+
+
+@interpreted
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_match_the_oracle_without_races(name):
+    p = problem(CASES[name])
+    results, races = interpret(p)
+    assert not races
+    for label, ours, low, truth in zip(
+        ("dq", "dk", "dv"), results, plain(p), p.gradients, strict=True
+    ):
+        assert_as_good_as_plain(ours, low, truth, label, factor=3.0)
+
+
+@interpreted
+def test_rows_and_keys_without_partner_get_zero_gradients():
+    p = problem(CASES["causal-and-lengths-gqa"])
+    (dq, dk, dv), _ = interpret(p)
+    allowed = p.allowed[0][:, 0]
+    assert (dq[~allowed.any(2)] == 0).all()
+    assert (dk[~allowed.any(1)] == 0).all()
+    assert (dv[~allowed.any(1)] == 0).all()
+    assert (dq[allowed.any(2)] != 0).any()
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["causal-and-lengths-gqa", "d200-lengths", "more-keys-d80-causal"])
+def test_nan_in_padding_does_not_leak(name):
+    p = problem(CASES[name])
+    clean, _ = interpret(p)
+    allowed = p.allowed[0][:, 0]
+
+    def poison(x, used):
+        return jnp.where(used[..., None, None], x, jnp.nan)
+
+    q, k, v, (lse, delta, dout) = p.operands.q, p.operands.k, p.operands.v, p.residuals
+    rows, keys = allowed.any(2), allowed.any(1)
+    dirty, races = interpret(
+        p._replace(
+            operands=Operands(poison(q, rows), poison(k, keys), poison(v, keys), p.operands.mask),
+            residuals=(lse, delta, poison(dout, rows)),
+        )
+    )
+    assert not races
+    assert not (rows.all() and keys.all())
+    for a, b in zip(dirty, clean, strict=True):
+        assert (a == b).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Mutations: the kernel without one of its waits or fences must be caught.
+
+MODULES = {
+    "backward_common": backward_common,
+    "backward_by_keys": backward_by_keys,
+    "backward_by_columns": backward_by_columns,
+}
+GUARDS = ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
+
+
+def guards():
+    """Every call of a guard in the kernels' modules: (module name, function, guard, line).
+
+    `_drain` is left out: only the book-keeping of 0.11.2's interpret mode needs it.
+    """
+    for name, module in MODULES.items():
+        for function in ast.parse(inspect.getsource(module)).body:
+            for node in ast.walk(function):
+                called = getattr(node.func, "attr", None) if isinstance(node, ast.Call) else None
+                if called in GUARDS and function.name != "_drain":
+                    yield name, function.name, called, node.lineno
+
+
+class Without:
+    """plgpu, but what is called `guard` does nothing on one line."""
+
+    def __init__(self, guard: str, line: int):
+        self.guard, self.line = guard, line
+
+    def __getattr__(self, name):
+        original = getattr(plgpu, name)
+
+        def call(*args, **keywords):
+            if inspect.currentframe().f_back.f_lineno == self.line:
+                return None
+            return original(*args, **keywords)
+
+        return call if name == self.guard else original
+
+
+def is_caught(p: Problem) -> bool:
+    try:
+        return interpret(p)[1]
+    except Exception:
+        return True
+
+
+@functools.cache
+def mutation_problem(block_kv: int) -> Problem:
+    """One block that reuses its stages and scrubs its keys, without oracle."""
+    config = BackwardConfig(64, block_kv, 2, 1, 2)
+    q, k = jnp.ones((1, 300, 1, 32), jnp.bfloat16), jnp.ones((1, 60, 1, 32), jnp.bfloat16)
+    operands = Operands(q, k, k, pf.KvLengths(lengths(50)))
+    row = jnp.ones((1, 1, 300), jnp.float32)
+    spec = AttentionSpec.of(operands, 0.1)
+    return Problem(spec, with_backward(spec, config), operands, (row, row, q), None, None)
+
+
+@pytest.mark.parametrize("block_kv", [64, 128])
+def test_the_kernel_that_is_mutated_below_has_no_races(block_kv):
+    assert not interpret(mutation_problem(block_kv))[1]
+
+
+@interpreted
+@pytest.mark.parametrize(("module", "function", "guard", "line"), list(guards()))
+def test_a_missing_wait_or_fence_is_caught(monkeypatch, module, function, guard, line):
+    del function
+    p = mutation_problem(64 if module == "backward_by_columns" else 128)
+    monkeypatch.setattr(MODULES[module], "plgpu", Without(guard, line))
+    assert is_caught(p)
+
+
+# ---------------------------------------------------------------------------------------------
+# Lowering for CUDA, on a machine without a GPU.
+
+DIMS = range(16, 257, 8)
+
+
+def described(head_dim, value_dim, mask=None, dtype=jnp.bfloat16, batch=2, q_len=200, kv_len=200):
+    """Shapes of a small problem, for lowering."""
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q, k = array(batch, q_len, 4, head_dim), array(batch, kv_len, 2, head_dim)
+    operands = Operands(q, k, array(batch, kv_len, 2, value_dim), mask)
+    row = array(batch, 4, q_len, dtype=jnp.float32)
+    return operands, row, row, array(batch, q_len, 4, value_dim)
+
+
+def lowers(arrays, config=None):
+    spec = AttentionSpec.of(arrays[0], 0.1)
+    config = with_backward(spec, config)
+    run = jax.jit(lambda *arrays: backward(spec, config, *arrays)[:3])
+    return run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_default_config_lowers_for_cuda(head_dim):
+    assert "mosaic_gpu" in lowers(described(head_dim, head_dim))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(16, 256), (256, 16), (64, 128), (192, 128), (72, 200)]
+)
+def test_default_config_of_unequal_dimensions_lowers_for_cuda(head_dim, value_dim):
+    assert "mosaic_gpu" in lowers(described(head_dim, value_dim, dtype=jnp.float16))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        pf.Causal(),
+        pf.SlidingWindow(30, 5) & ~pf.KvLengths(jax.ShapeDtypeStruct((2,), jnp.int32)),
+        pf.Causal() & pf.QLengths(jax.ShapeDtypeStruct((1,), jnp.int32)),
+    ],
+    ids=["causal", "window-not-lengths", "causal-lengths"],
+)
+def test_masks_lower_for_cuda(head_dim, mask):
+    assert "mosaic_gpu" in lowers(described(head_dim, head_dim, mask, q_len=7, kv_len=1001))
+
+
+def test_more_than_2_to_31_elements_lower_for_cuda():
+    arrays = described(128, 128, pf.Causal(), batch=2**14, q_len=512, kv_len=512)
+    assert arrays[0].q.size > 2**31
+    assert "mosaic_gpu" in lowers(arrays)
+
+
+def test_default_configs_fit_shared_memory():
+    for head_dim in DIMS:
+        for value_dim in DIMS:
+            operands = described(head_dim, value_dim)[0]
+            spec = AttentionSpec.of(operands, 0.1)
+            config = default_backward_config(spec)
+            assert config.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT, (head_dim, value_dim)
+
+
+def test_shared_memory_is_what_pallas_requests():
+    arrays = described(128, 128)
+    config = BackwardConfig(128, 128, 4, 3, 1)
+    expected = config.shared_memory_bytes(AttentionSpec.of(arrays[0], 0.1))
+    with pytest.raises(ValueError, match=f"smem_bytes={expected}"):
+        lowers(arrays, config)
+
+
+def test_bad_configs_are_refused():
+    with pytest.raises(ValueError, match="block_q=96 must be 64 or 128"):
+        BackwardConfig(96, 128, 2, 2, 1)
+    with pytest.raises(ValueError, match="num_q_stages=0 must be at least 1"):
+        BackwardConfig(64, 128, 0, 2, 1)

@@ -1,0 +1,474 @@
+"""The Hopper forward: its real kernel body in interpret mode, and its lowering for CUDA."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
+from jax.sharding import PartitionSpec
+
+import interp_shim
+import oracle
+import pallas_flash as pf
+from mutations import WithoutCall
+from pallas_flash.backends import hopper
+from pallas_flash.backends.hopper import forward as module
+from pallas_flash.backends.hopper.config import ForwardConfig, default_forward_config
+from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT, mm, tiled
+from pallas_flash.spec import AttentionSpec, Operands
+from tolerance import assert_as_good_as_plain
+
+interpreted = pytest.mark.timeout(120)
+INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
+
+
+@pytest.fixture(autouse=True)
+def _shim():
+    interp_shim.install()
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+class Case(NamedTuple):
+    """One problem: its sizes, what makes it special, and what its configuration changes."""
+
+    q_len: int
+    kv_len: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    batch: int = 1
+    dtype: Any = jnp.bfloat16
+    mask: Any = None
+    allowed: Any = None
+    scale: float | None = None
+    config: Any = None
+
+
+def lengths(*numbers):
+    return jnp.asarray(numbers, jnp.int32)
+
+
+def below(*numbers):
+    return np.asarray(numbers)[:, None, None, None]
+
+
+def causal(q, k):
+    return k <= q
+
+
+# Two warpgroups that take turns, in blocks so small that stages are used again.
+TURNS = {"num_warpgroups": 2, "block_kv": 32, "takes_turns": True}
+THREE = {"num_warpgroups": 3, "block_kv": 48, "takes_turns": False}
+
+CASES = {
+    "odd-lengths-d64": Case(65, 129, 1, 1, 64, 64),
+    "one-query-one-key-d16": Case(1, 1, 2, 1, 16, 24),
+    "few-rows-d72": Case(5, 3, 1, 1, 72, 16),
+    "gqa-d40-stages-reused": Case(70, 140, 4, 2, 40, 40, config=TURNS),
+    "mqa-d128-causal": Case(130, 130, 4, 1, 128, 128, mask=pf.Causal(), allowed=causal),
+    "three-warpgroups-causal": Case(
+        200, 200, 1, 1, 32, 32, mask=pf.Causal(), allowed=causal, config=THREE
+    ),
+    "more-queries-causal-bottom-right": Case(
+        150, 70, 2, 2, 96, 96, mask=pf.Causal("bottom_right"), config=TURNS,
+        allowed=lambda q, k: k <= q + 70 - 150,
+    ),
+    "more-keys-causal-bottom-right": Case(
+        70, 201, 1, 1, 80, 80, mask=pf.Causal("bottom_right"), config=TURNS,
+        allowed=lambda q, k: k <= q + 201 - 70,
+    ),
+    "more-keys-causal": Case(70, 200, 1, 1, 80, 48, mask=pf.Causal(), allowed=causal),
+    "window-value-dim-32": Case(
+        150, 330, 1, 1, 64, 32, mask=pf.SlidingWindow(70, 40), config=TURNS,
+        allowed=lambda q, k: (k >= q - 70) & (k <= q + 40),
+    ),
+    "not-causal-or-window": Case(
+        90, 140, 1, 1, 32, 48, mask=~(pf.Causal() | pf.SlidingWindow(None, 9)), config=TURNS,
+        allowed=lambda q, k: k > q + 9,
+    ),
+    "causal-and-lengths-gqa": Case(
+        130, 130, 2, 1, 64, 64, batch=2, config=TURNS,
+        mask=pf.Causal() & pf.QLengths(lengths(100, 7)) & pf.KvLengths(lengths(90, 0)),
+        allowed=lambda q, k: (k <= q) & (q < below(100, 7)) & (k < below(90, 0)),
+    ),
+    "lengths-of-groups-of-rows": Case(
+        40, 140, 1, 1, 64, 64, batch=4, mask=pf.KvLengths(lengths(30, 135)),
+        allowed=lambda q, k: k < below(30, 30, 135, 135),
+    ),
+    "one-length-for-all-rows": Case(
+        40, 70, 1, 1, 16, 16, batch=2, mask=~pf.KvLengths(lengths(33)),
+        allowed=lambda q, k: k >= below(33),
+    ),
+    "f16-value-dim-192": Case(
+        70, 90, 1, 1, 128, 192, dtype=jnp.float16, mask=pf.Causal(), allowed=causal
+    ),
+    "d192-value-dim-128-gqa": Case(80, 60, 2, 1, 192, 128),
+    "d256-causal": Case(200, 70, 1, 1, 256, 256, mask=pf.Causal(), allowed=causal),
+    "d256-blocks-of-80": Case(70, 170, 1, 1, 256, 256, config={"block_kv": 80}),
+    "one-stage": Case(70, 170, 1, 1, 64, 64, config={"num_stages": 1, "block_kv": 64}),
+    "four-stages-without-turns": Case(
+        70, 333, 1, 1, 64, 64, config={"num_stages": 4, "block_kv": 32, "takes_turns": False}
+    ),
+    "negative-scale": Case(
+        40, 70, 1, 1, 32, 32, scale=-0.4, mask=pf.Causal(), allowed=causal, config={"block_kv": 16}
+    ),
+    "scale-zero": Case(9, 70, 1, 1, 32, 32, scale=0.0, mask=pf.Causal(), allowed=causal),
+    "groups-of-heads": Case(70, 20, 5, 1, 16, 16, batch=2, config={"heads_per_group": 4}),
+}  # fmt: skip
+
+
+class Problem(NamedTuple):
+    """Arrays of a case, and where it allows attention [B, 1, Tq, Tkv]."""
+
+    spec: AttentionSpec
+    config: hopper.Config
+    operands: Operands
+    allowed: np.ndarray
+
+
+def arrays(p: Problem) -> Any:
+    return p.operands.q, p.operands.k, p.operands.v
+
+
+def problem(case: Case) -> Problem:
+    b, t, s, h, k, d, dv = (
+        case.batch, case.q_len, case.kv_len, case.num_q_heads, case.num_kv_heads, case.head_dim,
+        case.value_dim,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = (b, t, h, d), (b, s, k, d), (b, s, k, dv)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), case.dtype) for shape in shapes)
+    mask = None if case.mask is None else case.mask.bind(t, s)
+    operands = Operands(q, k, v, mask)
+    spec = AttentionSpec.of(operands, d**-0.5 if case.scale is None else case.scale)
+    config = hopper.default_config(spec)
+    tiles = dataclasses.replace(config.forward, **(case.config or {}))
+    allowed = True
+    if case.allowed is not None:
+        allowed = case.allowed(np.arange(t)[:, None], np.arange(s)[None, :])
+    allowed = np.broadcast_to(allowed, (b, 1, t, s))
+    return Problem(spec, dataclasses.replace(config, forward=tiles), operands, allowed)
+
+
+def interpret(p: Problem) -> Any:
+    """(out, lse) of the kernel in interpret mode, and whether it raced."""
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    run = jax.jit(lambda operands: hopper.BACKEND.forward(p.spec, p.config, operands))
+    with plgpu.force_gpu_interpret_mode(INTERPRET):
+        results = jax.block_until_ready(run(p.operands))
+    return results, interpret_pallas_call.get_races().races_found
+
+
+def truth(p: Problem) -> Any:
+    """out and lse in float64."""
+    with jax.enable_x64(True):
+        q, k, v = (jnp.asarray(np.asarray(x, np.float64)) for x in arrays(p))
+        attention = jax.jit(functools.partial(oracle.attention, scale=p.spec.scale))
+        return jax.device_get(attention(q, k, v, allowed=p.allowed))
+
+
+def plain(p: Problem) -> Any:
+    """out of plain attention in the low precision."""
+    q, k, v = arrays(p)
+    k, v = (jnp.repeat(x, p.spec.group, axis=2) for x in (k, v))
+    s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
+    s = jnp.where(p.allowed, s * p.spec.scale, -1e30)
+    weights = jnp.where(p.allowed, jax.nn.softmax(s, axis=-1), 0.0)
+    return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
+
+
+@interpreted
+@pytest.mark.parametrize("name", CASES)
+def test_out_and_lse_match_the_oracle_without_races(name):
+    p = problem(CASES[name])
+    (out, lse), has_raced = interpret(p)
+    true_out, true_lse = truth(p)
+    assert not has_raced
+    assert out.dtype == p.spec.dtype and lse.dtype == jnp.float32
+    assert lse.shape == true_lse.shape
+    assert_as_good_as_plain(out, plain(p), true_out, "out", factor=2.0)
+    empty = np.isinf(true_lse)
+    np.testing.assert_array_equal(np.asarray(lse)[empty], -np.inf)
+    np.testing.assert_allclose(np.asarray(lse)[~empty], true_lse[~empty], rtol=0, atol=5e-6)
+    assert (np.asarray(out).swapaxes(1, 2)[empty] == 0).all()
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["causal-and-lengths-gqa", "lengths-of-groups-of-rows"])
+def test_nan_in_padding_does_not_leak(name):
+    p = problem(CASES[name])
+    clean, _ = interpret(p)
+    rows, keys = p.allowed[:, 0].any(2), p.allowed[:, 0].any(1)
+
+    def poison(x, used):
+        return jnp.where(used[..., None, None], x, jnp.nan)
+
+    q, k, v = arrays(p)
+    dirty, has_raced = interpret(
+        p._replace(
+            operands=Operands(poison(q, rows), poison(k, keys), poison(v, keys), p.operands.mask)
+        )
+    )
+    assert not has_raced
+    assert not keys.all()
+    for a, b in zip(dirty, clean, strict=True):
+        assert (a == b).all()
+
+
+@interpreted
+def test_nan_stays_in_its_batch_row_and_head():
+    p = problem(Case(70, 70, 2, 2, 16, 16, batch=2))
+    (clean, clean_lse), _ = interpret(p)
+    q, k, v = arrays(p)
+    spoilt = p._replace(operands=Operands(q, k, v.at[0, 69, 1].set(jnp.nan)))
+    (out, lse), _ = interpret(spoilt)
+    expected = clean.at[0, :, 1].set(jnp.nan)
+    np.testing.assert_array_equal(np.asarray(out, np.float32), np.asarray(expected, np.float32))
+    assert (lse == clean_lse).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# Mutations: the kernel without one of its waits or fences must be caught.
+
+
+@functools.cache
+def mutation_problem() -> Problem:
+    """Reuses its stages and has masked and unmasked blocks. Turns are for speed: it takes none."""
+    config = {"num_warpgroups": 2, "block_kv": 16, "takes_turns": False}
+    return problem(Case(100, 80, 1, 1, 16, 16, mask=pf.Causal("bottom_right"), config=config))
+
+
+def callers(name: str) -> list[str]:
+    """The functions that call ``plgpu.name`` while the kernel is traced."""
+    recorder = WithoutCall(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plgpu", recorder)
+        p = mutation_problem()
+        jax.eval_shape(lambda o: module.forward(p.spec, p.config, o), p.operands)
+    return recorder.callers
+
+
+GUARDS = [
+    (name, i)
+    for name in ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
+    for i, caller in enumerate(callers(name))
+    # The producer's last waits are there for interpret mode only.
+    if caller != "_load.<locals>._"
+]
+
+
+def races(run) -> bool:
+    """Whether a race was found, or the accounting of barriers noticed something, while running."""
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    try:
+        with plgpu.force_gpu_interpret_mode(INTERPRET):
+            jax.block_until_ready(run())
+    except Exception:
+        return True
+    return interpret_pallas_call.get_races().races_found
+
+
+def test_the_kernel_that_is_mutated_below_has_no_races():
+    assert not interpret(mutation_problem())[1]
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "index"), GUARDS)
+def test_a_missing_wait_or_fence_is_caught(monkeypatch, name, index):
+    monkeypatch.setattr(module, "plgpu", WithoutCall(name, index))
+    p = mutation_problem()
+    assert races(lambda: jax.jit(lambda o: module.forward(p.spec, p.config, o))(p.operands))
+
+
+@interpreted
+@pytest.mark.parametrize("released_early", [False, True])
+def test_a_stage_released_while_a_product_reads_it_is_caught(released_early):
+    def two_products(x_gmem, out_gmem, x_smem, out_smem, ready, free):
+        @pl.when(jax.lax.axis_index("wg") == 0)
+        def _():
+            for _ in range(2):
+                plgpu.barrier_wait(ready)
+                release = functools.partial(plgpu.barrier_arrive, free)
+                during, after = (release, lambda: None) if released_early else (None, release)
+                square = mm(x_smem, x_smem.transpose((1, 0)), during)
+                after()
+            out_smem[...] = square.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem, out_gmem)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(jax.lax.axis_index("wg") == 1)
+        def _():
+            for i in range(2):
+                plgpu.copy_gmem_to_smem(x_gmem.at[i], x_smem, ready)
+                plgpu.barrier_wait(free)
+
+    tile = tiled((64, 64), jnp.bfloat16, 64)
+    kernel = plgpu.kernel(
+        two_products,
+        out_type=jax.ShapeDtypeStruct((64, 64), jnp.bfloat16),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types=(tile, tile, plgpu.Barrier(), plgpu.Barrier()),
+    )
+    x = jnp.ones((2, 64, 64), jnp.bfloat16)
+    assert races(lambda: jax.jit(kernel)(x)) == released_early
+
+
+# ---------------------------------------------------------------------------------------------
+# Lowering for CUDA, on a machine without a GPU.
+
+DIMS = (16, 40, 64, 80, 96, 128, 192, 256)
+
+
+def described(head_dim, value_dim, mask=None, dtype=jnp.bfloat16, q_len=200, kv_len=200):
+    """Shapes of a small problem, for lowering."""
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    mask = None if mask is None else mask.bind(q_len, kv_len)
+    return Operands(
+        array(2, q_len, 4, head_dim), array(2, kv_len, 2, head_dim), array(2, kv_len, 2, value_dim),
+        mask,
+    )  # fmt: skip
+
+
+def lowers(operands, **changes) -> bool:
+    spec = AttentionSpec.of(operands, 0.1)
+    config = hopper.default_config(spec)
+    config = dataclasses.replace(config, forward=dataclasses.replace(config.forward, **changes))
+    run = jax.jit(lambda operands: module.forward(spec, config, operands))
+    text = run.trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+    return "mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("mask", [None, pf.Causal()], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_default_config_lowers_for_cuda(head_dim, mask, dtype):
+    assert lowers(described(head_dim, head_dim, mask, dtype))
+
+
+@pytest.mark.parametrize("head_dim", [d for d in range(16, 257, 8) if d not in DIMS])
+def test_every_head_dim_lowers_for_cuda(head_dim):
+    assert lowers(described(head_dim, head_dim))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim"), [(16, 256), (256, 16), (64, 128), (192, 128), (72, 200)]
+)
+def test_unequal_dimensions_lower_for_cuda(head_dim, value_dim):
+    assert lowers(described(head_dim, value_dim, pf.Causal("bottom_right")))
+
+
+LENGTHS = jax.ShapeDtypeStruct((2,), jnp.int32)
+MASKS = {
+    "window": pf.SlidingWindow(30, 5),
+    "lengths": pf.KvLengths(LENGTHS) & pf.QLengths(jax.ShapeDtypeStruct((1,), jnp.int32)),
+    "not-lengths-or-causal": ~(pf.KvLengths(LENGTHS) & ~pf.QLengths(LENGTHS)) | pf.Causal(),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masks_lower_for_cuda(head_dim, mask):
+    assert lowers(described(head_dim, head_dim, mask, q_len=7, kv_len=1001))
+
+
+def test_more_than_2_to_31_elements_lower_for_cuda():
+    operands = described(128, 128, q_len=2**22, kv_len=2**22)
+    assert operands.q.size > 2**31
+    assert lowers(operands)
+
+
+def test_lowers_with_64_bit_types():
+    with jax.enable_x64(True):
+        mask = pf.Causal() & pf.KvLengths(jax.ShapeDtypeStruct((2,), jnp.int64))
+        assert lowers(described(64, 64, mask))
+        assert lowers(described(64, 64))
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_lowers_for_cuda_inside_shard_map(check_vma):
+    operands = described(64, 64, pf.Causal() & pf.KvLengths(LENGTHS))
+
+    def local(operands):
+        spec = AttentionSpec.of(operands, 0.1)
+        return hopper.BACKEND.forward(spec, hopper.default_config(spec), operands)
+
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    over_batch = PartitionSpec("batch")
+    run = jax.jit(
+        jax.shard_map(
+            local, mesh=mesh, in_specs=over_batch, out_specs=over_batch, check_vma=check_vma
+        )
+    )
+    assert "mosaic_gpu" in run.trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_default_configs_fit_shared_memory_and_are_served():
+    for head_dim in range(16, 257, 8):
+        for value_dim in range(16, 257, 8):
+            spec = AttentionSpec.of(described(head_dim, value_dim), 0.1)
+            size = default_forward_config(spec).shared_memory_bytes(spec)
+            assert size <= SHARED_MEMORY_LIMIT, (head_dim, value_dim)
+            assert hopper.unsupported(spec) is None
+
+
+def test_shared_memory_is_what_pallas_requests():
+    operands = described(128, 64)
+    spec = AttentionSpec.of(operands, 0.1)
+    config = dataclasses.replace(default_forward_config(spec), num_stages=9)
+    with pytest.raises(ValueError, match=f"smem_bytes={config.shared_memory_bytes(spec)} "):
+        lowers(operands, num_stages=9)
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("operands", "reason"),
+    [
+        (described(64, 64, dtype=jnp.float32), "dtype=float32 must be bfloat16 or float16"),
+        (described(8, 64), "head_dim=8 must be a multiple of 8 from 16 to 256"),
+        (described(64, 264), "value_dim=264 must be a multiple of 8 from 16 to 256"),
+        (described(68, 64), "head_dim=68 must be a multiple of 8 from 16 to 256"),
+        (
+            dataclasses.replace(
+                described(64, 64), score_mod=pf.Chain((pf.Softcap(1.0), pf.Softcap(2.0)))
+            ),
+            "score mods are not in the Hopper kernels yet: Softcap, Softcap",
+        ),
+        (
+            described(64, 64, pf.DenseMask(jax.ShapeDtypeStruct((1, 1, 200, 200), jnp.bool_))),
+            "mask arrays over positions are not in the Hopper kernels yet: DenseMask.array",
+        ),
+    ],
+    ids=["float32", "head-dim-8", "value-dim-264", "head-dim-68", "softcap", "dense-mask"],
+)
+def test_what_the_kernels_cannot_serve_is_refused_by_name(operands, reason):
+    assert hopper.unsupported(AttentionSpec.of(operands, 0.1)) == reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_warpgroups": 4}, "num_warpgroups=4 must be 1, 2 or 3"),
+        ({"block_kv": 72}, "block_kv=72 must be a multiple of 16 from 16 to 256"),
+        ({"num_stages": 0}, "num_stages=0 must be at least 1"),
+        ({"num_warpgroups": 3}, "takes_turns=True needs num_warpgroups=3 to be 2"),
+    ],
+)
+def test_bad_configs_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(ForwardConfig(2, 128, 2, True, 1), **changes)
