@@ -1,0 +1,11 @@
+"""Flax layers on flash attention: `flax_layers.linen`, `flax_layers.nnx`, loaded when used."""
+
+import importlib
+
+__all__ = ["linen", "nnx"]
+
+
+def __getattr__(name):
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
