@@ -13,8 +13,9 @@ JAX_PLATFORMS ?= cpu
 # One BLAS thread per test process: NumPy's would fight for the cores.
 PYTEST := OPENBLAS_NUM_THREADS=1 JAX_PLATFORMS=$(JAX_PLATFORMS) python -m pytest -n $(JOBS)
 
-# The summary goes to a folder named after the device.
-GPU_TEST := python -m pytest -m gpu -n 0 --gpu-summary benchmarks/results
+# The summary goes to a folder named after the device. What is compared with needs no autotuning.
+GPU_TEST := XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false \
+	python -m pytest -m gpu -n 4 --gpu-summary benchmarks/results
 
 # The lower end of each range in pyproject.toml.
 LOWEST := jax==0.11.2 jaxlib==0.11.2 flax==0.12.10

@@ -143,8 +143,8 @@ def dot_product_attention(
       is_causal: query i attends to keys 0..i (top-left, also when T != S).
       query_seq_lengths, key_value_seq_lengths: [B] int32, the rows beyond them are padding.
       local_window_size: (left, right), or one number for both.
-      implementation: None for this project's kernels; "xla" or "cudnn" hands the call to
-        ``jax.nn.dot_product_attention`` as it is.
+      implementation: None for the fastest backend that serves the call; "xla" for plain JAX
+        (``backend="blockwise"``); "cudnn" hands the call to ``jax.nn`` as it is.
       return_residual: also return the log-sum-exp of the scores, [B, T, N] in key's dtype.
       score_mod: applied after scale and before bias.
       backend, config: as for `flash_attention`.
@@ -159,14 +159,18 @@ def dot_product_attention(
       TypeError, ValueError: as `flash_attention`; also if `implementation` is unknown or is
         combined with what ``jax.nn`` does not take.
     """
-    if implementation is not None:
+    if implementation not in (None, "xla", "cudnn"):
+        raise ValueError(f"implementation={implementation!r} must be 'xla', 'cudnn' or None")
+    if implementation == "xla":
+        if backend is not None:
+            raise ValueError(f"implementation='xla' is backend='blockwise', got {backend=}")
+        backend = "blockwise"
+    if implementation == "cudnn":
         ours = {"score_mod": score_mod, "backend": backend, "config": config}
         given = [name for name, x in ours.items() if x is not None]
-        if implementation not in ("xla", "cudnn"):
-            raise ValueError(f"implementation={implementation!r} must be 'xla', 'cudnn' or None")
         if given or isinstance(mask, Mask):
             raise ValueError(
-                f"implementation={implementation!r} hands the call to jax.nn, which does not take "
+                f"implementation='cudnn' hands the call to jax.nn, which does not take "
                 f"{', '.join(given) or type(mask).__name__}; leave implementation=None"
             )
         return jax.nn.dot_product_attention(  # type: ignore[call-overload]

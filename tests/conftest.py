@@ -43,8 +43,8 @@ def pytest_addoption(parser):
 class _Summary:
     """Collects outcomes and recorded errors, and writes them at the end of the session."""
 
-    def __init__(self, path: str):
-        self.folder, self.cases = pathlib.Path(path), []
+    def __init__(self, folder: str):
+        self.folder, self.cases = pathlib.Path(folder), []
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call":
@@ -57,11 +57,11 @@ class _Summary:
 
     def pytest_sessionfinish(self):
         outcomes = collections.Counter(case["outcome"] for case in self.cases)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
         summary = {
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
-            "commit": commit.stdout.strip() or None,
+            "commit": os.environ.get("GIT_COMMIT") or git.stdout.strip() or None,
             "date": datetime.date.today().isoformat(),
             "outcomes": outcomes,
             "cases": self.cases,
@@ -73,8 +73,9 @@ class _Summary:
 
 
 def pytest_configure(config):
-    if path := config.getoption("--gpu-summary"):
-        config.pluginmanager.register(_Summary(path))
+    is_worker = hasattr(config, "workerinput")
+    if (folder := config.getoption("--gpu-summary")) and not is_worker:
+        config.pluginmanager.register(_Summary(folder))
 
 
 class Sizes(NamedTuple):

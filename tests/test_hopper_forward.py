@@ -1,4 +1,4 @@
-"""The Hopper forward: its real kernel body in interpret mode, and its lowering for CUDA."""
+"""The Hopper forward: its real kernel body in interpret mode, and what mutations of it do."""
 
 import dataclasses
 import functools
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
-from jax.sharding import PartitionSpec
 
 import interp_shim
 import oracle
@@ -19,8 +18,7 @@ import pallas_flash as pf
 from mutations import WithoutCall
 from pallas_flash.backends import hopper
 from pallas_flash.backends.hopper import forward as module
-from pallas_flash.backends.hopper.config import ForwardConfig, default_forward_config
-from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT, mm, tiled
+from pallas_flash.backends.hopper.storage import mm, tiled
 from pallas_flash.spec import AttentionSpec, Operands
 from tolerance import assert_as_good_as_plain
 
@@ -321,154 +319,3 @@ def test_a_stage_released_while_a_product_reads_it_is_caught(released_early):
     )
     x = jnp.ones((2, 64, 64), jnp.bfloat16)
     assert races(lambda: jax.jit(kernel)(x)) == released_early
-
-
-# ---------------------------------------------------------------------------------------------
-# Lowering for CUDA, on a machine without a GPU.
-
-DIMS = (16, 40, 64, 80, 96, 128, 192, 256)
-
-
-def described(head_dim, value_dim, mask=None, dtype=jnp.bfloat16, q_len=200, kv_len=200):
-    """Shapes of a small problem, for lowering."""
-
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    mask = None if mask is None else mask.bind(q_len, kv_len)
-    return Operands(
-        array(2, q_len, 4, head_dim), array(2, kv_len, 2, head_dim), array(2, kv_len, 2, value_dim),
-        mask,
-    )  # fmt: skip
-
-
-def lowers(operands, **changes) -> bool:
-    spec = AttentionSpec.of(operands, 0.1)
-    config = hopper.default_config(spec)
-    config = dataclasses.replace(config, forward=dataclasses.replace(config.forward, **changes))
-    run = jax.jit(lambda operands: module.forward(spec, config, operands))
-    text = run.trace(operands).lower(lowering_platforms=("cuda",)).as_text()
-    return "mosaic_gpu" in text
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("mask", [None, pf.Causal()], ids=["full", "causal"])
-@pytest.mark.parametrize("head_dim", DIMS)
-def test_default_config_lowers_for_cuda(head_dim, mask, dtype):
-    assert lowers(described(head_dim, head_dim, mask, dtype))
-
-
-@pytest.mark.parametrize("head_dim", [d for d in range(16, 257, 8) if d not in DIMS])
-def test_every_head_dim_lowers_for_cuda(head_dim):
-    assert lowers(described(head_dim, head_dim))
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "value_dim"), [(16, 256), (256, 16), (64, 128), (192, 128), (72, 200)]
-)
-def test_unequal_dimensions_lower_for_cuda(head_dim, value_dim):
-    assert lowers(described(head_dim, value_dim, pf.Causal("bottom_right")))
-
-
-LENGTHS = jax.ShapeDtypeStruct((2,), jnp.int32)
-MASKS = {
-    "window": pf.SlidingWindow(30, 5),
-    "lengths": pf.KvLengths(LENGTHS) & pf.QLengths(jax.ShapeDtypeStruct((1,), jnp.int32)),
-    "not-lengths-or-causal": ~(pf.KvLengths(LENGTHS) & ~pf.QLengths(LENGTHS)) | pf.Causal(),
-}
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_masks_lower_for_cuda(head_dim, mask):
-    assert lowers(described(head_dim, head_dim, mask, q_len=7, kv_len=1001))
-
-
-def test_more_than_2_to_31_elements_lower_for_cuda():
-    operands = described(128, 128, q_len=2**22, kv_len=2**22)
-    assert operands.q.size > 2**31
-    assert lowers(operands)
-
-
-def test_lowers_with_64_bit_types():
-    with jax.enable_x64(True):
-        mask = pf.Causal() & pf.KvLengths(jax.ShapeDtypeStruct((2,), jnp.int64))
-        assert lowers(described(64, 64, mask))
-        assert lowers(described(64, 64))
-
-
-@pytest.mark.parametrize("check_vma", [False, True])
-def test_lowers_for_cuda_inside_shard_map(check_vma):
-    operands = described(64, 64, pf.Causal() & pf.KvLengths(LENGTHS))
-
-    def local(operands):
-        spec = AttentionSpec.of(operands, 0.1)
-        return hopper.BACKEND.forward(spec, hopper.default_config(spec), operands)
-
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
-    over_batch = PartitionSpec("batch")
-    run = jax.jit(
-        jax.shard_map(
-            local, mesh=mesh, in_specs=over_batch, out_specs=over_batch, check_vma=check_vma
-        )
-    )
-    assert "mosaic_gpu" in run.trace(operands).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def test_default_configs_fit_shared_memory_and_are_served():
-    for head_dim in range(16, 257, 8):
-        for value_dim in range(16, 257, 8):
-            spec = AttentionSpec.of(described(head_dim, value_dim), 0.1)
-            size = default_forward_config(spec).shared_memory_bytes(spec)
-            assert size <= SHARED_MEMORY_LIMIT, (head_dim, value_dim)
-            assert hopper.unsupported(spec) is None
-
-
-def test_shared_memory_is_what_pallas_requests():
-    operands = described(128, 64)
-    spec = AttentionSpec.of(operands, 0.1)
-    config = dataclasses.replace(default_forward_config(spec), num_stages=9)
-    with pytest.raises(ValueError, match=f"smem_bytes={config.shared_memory_bytes(spec)} "):
-        lowers(operands, num_stages=9)
-
-
-# ---------------------------------------------------------------------------------------------
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("operands", "reason"),
-    [
-        (described(64, 64, dtype=jnp.float32), "dtype=float32 must be bfloat16 or float16"),
-        (described(8, 64), "head_dim=8 must be a multiple of 8 from 16 to 256"),
-        (described(64, 264), "value_dim=264 must be a multiple of 8 from 16 to 256"),
-        (described(68, 64), "head_dim=68 must be a multiple of 8 from 16 to 256"),
-        (
-            dataclasses.replace(
-                described(64, 64), score_mod=pf.Chain((pf.Softcap(1.0), pf.Softcap(2.0)))
-            ),
-            "score mods are not in the Hopper kernels yet: Softcap, Softcap",
-        ),
-        (
-            described(64, 64, pf.DenseMask(jax.ShapeDtypeStruct((1, 1, 200, 200), jnp.bool_))),
-            "mask arrays over positions are not in the Hopper kernels yet: DenseMask.array",
-        ),
-    ],
-    ids=["float32", "head-dim-8", "value-dim-264", "head-dim-68", "softcap", "dense-mask"],
-)
-def test_what_the_kernels_cannot_serve_is_refused_by_name(operands, reason):
-    assert hopper.unsupported(AttentionSpec.of(operands, 0.1)) == reason
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_warpgroups": 4}, "num_warpgroups=4 must be 1, 2 or 3"),
-        ({"block_kv": 72}, "block_kv=72 must be a multiple of 16 from 16 to 256"),
-        ({"num_stages": 0}, "num_stages=0 must be at least 1"),
-        ({"num_warpgroups": 3}, "takes_turns=True needs num_warpgroups=3 to be 2"),
-    ],
-)
-def test_bad_configs_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(ForwardConfig(2, 128, 2, True, 1), **changes)

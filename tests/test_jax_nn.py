@@ -102,13 +102,31 @@ def test_extras_change_the_result():
     assert jnp.allclose(plain, pf.dot_product_attention(q, k, v, backend="reference"), atol=1e-5)
 
 
-def test_implementation_hands_over_to_jax_nn():
+def test_implementation_xla_is_plain_jax():
     q, k, v = qkv(SIZE)
     ours = pf.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
-    assert (ours == jax.nn.dot_product_attention(q, k, v, is_causal=True)).all()
+    theirs = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+    assert jnp.allclose(ours, theirs, atol=1e-5)
+    shape = jax.ShapeDtypeStruct((1, 128, 4, 64), jnp.bfloat16)
+    attention = lambda q: pf.dot_product_attention(q, q, q, implementation="xla")  # noqa: E731
+    lowered = jax.jit(attention).trace(shape).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" not in lowered.as_text()
+    with pytest.raises(ValueError, match="implementation='xla' is backend='blockwise', got"):
+        pf.dot_product_attention(q, k, v, implementation="xla", backend="reference")
+
+
+def test_implementation_cudnn_hands_over_to_jax_nn(monkeypatch):
+    q, k, v = qkv(SIZE)
+    calls = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, **b: calls.append((a, b)))
+    pf.dot_product_attention(q, k, v, is_causal=True, scale=0.5, implementation="cudnn")
+    ((arrays, keywords),) = calls
+    assert arrays == (q, k, v, None, None)
+    assert keywords["implementation"] == "cudnn" and keywords["is_causal"]
+    assert keywords["scale"] == 0.5
     with pytest.raises(ValueError, match="implementation='triton' must be 'xla', 'cudnn' or None"):
         pf.dot_product_attention(q, k, v, implementation="triton")
     with pytest.raises(ValueError, match="does not take backend; leave implementation=None"):
-        pf.dot_product_attention(q, k, v, implementation="xla", backend="blockwise")
+        pf.dot_product_attention(q, k, v, implementation="cudnn", backend="blockwise")
     with pytest.raises(ValueError, match="does not take Causal; leave implementation=None"):
-        pf.dot_product_attention(q, k, v, mask=pf.Causal(), implementation="xla")
+        pf.dot_product_attention(q, k, v, mask=pf.Causal(), implementation="cudnn")
