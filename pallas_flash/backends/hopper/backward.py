@@ -31,6 +31,10 @@ from pallas_flash.backends.hopper.storage import LOG2_E, locate, padded, round_u
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, q_schedule
 from pallas_flash.spec import AttentionSpec, Operands
 
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+)
+
 
 def backward(
     spec: AttentionSpec, config: Any, operands: Operands, lse: Any, delta: Any, dout: Any
@@ -129,6 +133,6 @@ def _launch(
         num_threads=NUM_MATH_WGS + 1,
         thread_name="wg",
         scratch_types=(storage(spec, config),),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=COMPILER_PARAMS,
     )(inputs._replace(dq_acc=dq_acc))
     return dq_acc[...], dk, dv

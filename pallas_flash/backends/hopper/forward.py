@@ -50,7 +50,7 @@ from pallas_flash.spec import AttentionSpec, Operands
 REGISTERS = {2: (24, 240), 3: (32, 160)}
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
-    lowering_semantics=plgpu.LoweringSemantics.Lane,
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
     reduction_scratch_bytes=REDUCTION_SCRATCH_BYTES,
 )
 
