@@ -65,14 +65,7 @@ def _wrong_gpu(b: Backend) -> str | None:
     """The reason why this machine's GPU, if there is one, cannot run `b`."""
     if b.platform != "cuda" or jax.default_backend() != "gpu":
         return None
-    device = jax.local_devices(backend="gpu")[0]
-    capability = getattr(device, "compute_capability", None)
-    if capability in b.compute_capabilities:
-        return None
-    return (
-        f"it needs a GPU of compute capability {' or '.join(b.compute_capabilities)}, "
-        f"this one ({device.device_kind}) has {capability}"
-    )
+    return b.unsuited(jax.local_devices(backend="gpu")[0])
 
 
 def _no_device(b: Backend) -> str | None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import pallas_flash as pf
+from pallas_flash.backends import hopper
 from pallas_flash.backends.blockwise import BlockwiseConfig
 from pallas_flash.backends.reference import ReferenceConfig
 
@@ -112,3 +113,32 @@ def test_explain_backends_gives_one_reason_each():
     assert "needs an NVIDIA GPU" in reasons["hopper"] and "cpu" in reasons["hopper"]
     assert reasons["blockwise"] is None and reasons["reference"] is None
     assert "float32" in pf.explain_backends(Q, K, V)["hopper"]
+
+
+class _Gpu:
+    def __init__(self, kind, compute_capability):
+        self.device_kind, self.compute_capability = kind, compute_capability
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cuda", "reason"),
+    [
+        (_Gpu("NVIDIA A100", "8.0"), 13000, r"capability 9.0, this one \(NVIDIA A100\) has 8.0"),
+        (_Gpu("NVIDIA H100", "9.0"), 12090, "CUDA 12.8.0 to 12.9.0 .* this is 12090"),
+        (_Gpu("NVIDIA H100", "9.0"), 12091, None),
+        (_Gpu("NVIDIA H100", "9.0"), 12060, None),
+    ],
+)
+def test_gpus_that_the_hopper_kernels_do_not_run_on(gpu, cuda, reason, monkeypatch):
+    """Refused by name, or passed over with a warning: on a machine that has such a GPU."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in (Q, K, V))
+    monkeypatch.setattr(hopper, "_cuda_version", lambda: cuda)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [gpu])
+    if reason is None:
+        assert pf.explain_backends(q, k, v)["hopper"] is None
+        return
+    with pytest.raises(ValueError, match=f"backend='hopper' cannot serve this request: .*{reason}"):
+        pf.flash_attention(q, k, v, backend="hopper")
+    with pytest.warns(UserWarning, match=f"'blockwise', which is slower than 'hopper': .*{reason}"):
+        pf.flash_attention(q, k, v)

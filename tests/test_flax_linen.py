@@ -102,6 +102,7 @@ def test_bfloat16_layer_matches_flax_loosely(num_kv_heads):
     assert_same(result, expected, tolerance=3e-2)
 
 
+@pytest.mark.quick
 def test_checkpoint_of_flax_loads():
     theirs, own = (m.MultiHeadAttention(4, normalize_qk=True, decode=True) for m in (nn, ours))
     x = normal(0, 2, 6, 16)
@@ -129,6 +130,7 @@ def test_hook_in_the_layer_of_flax_matches_it():
     )
 
 
+@pytest.mark.quick
 def test_constructor_and_call_have_the_arguments_of_flax():
     for name in ("MultiHeadDotProductAttention", "MultiHeadAttention", "SelfAttention"):
         own, theirs = getattr(ours, name), getattr(nn, name)
@@ -140,6 +142,7 @@ def test_constructor_and_call_have_the_arguments_of_flax():
         )
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["MultiHeadDotProductAttention", "MultiHeadAttention"])
 def test_automatic_names_are_those_of_flax(name):
     class Model(nn.Module):

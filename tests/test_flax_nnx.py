@@ -100,6 +100,7 @@ def test_bfloat16_layer_matches_flax_loosely():
     assert_same(*results, tolerance=3e-2)
 
 
+@pytest.mark.quick
 def test_checkpoint_of_flax_loads():
     theirs = nnx.MultiHeadAttention(4, 16, decode=False, normalize_qk=True, rngs=nnx.Rngs(0))
     own = ours.MultiHeadAttention(4, 16, decode=False, normalize_qk=True, rngs=nnx.Rngs(5))
@@ -109,6 +110,7 @@ def test_checkpoint_of_flax_loads():
     assert_same(own(x), theirs(x))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_linen_and_nnx_agree_bitwise(dtype):
     x = normal(0, 2, 6, 16)
@@ -132,6 +134,7 @@ def test_hook_in_the_layer_of_flax_matches_it():
     assert_same(hooked(x, mask=Causal()), theirs(x, mask=causal_mask(2, 6)))
 
 
+@pytest.mark.quick
 def test_constructor_and_call_have_the_signature_of_flax():
     for method in ("__init__", "__call__"):
         own, theirs = (

@@ -192,6 +192,7 @@ def plain(problem: Problem) -> Any:
     return vjp((problem.residuals[2], dlse))
 
 
+@pytest.mark.quick
 @interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_match_the_oracle_without_races(name):
@@ -337,11 +338,13 @@ def lowers(arrays, config=None):
     return run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_default_config_lowers_for_cuda(head_dim):
     assert "mosaic_gpu" in lowers(described(head_dim, head_dim))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"), [(16, 256), (256, 16), (64, 128), (192, 128), (72, 200)]
 )
@@ -349,6 +352,7 @@ def test_default_config_of_unequal_dimensions_lowers_for_cuda(head_dim, value_di
     assert "mosaic_gpu" in lowers(described(head_dim, value_dim, dtype=jnp.float16))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(
     "mask",

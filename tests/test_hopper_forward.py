@@ -183,6 +183,7 @@ def plain(p: Problem) -> Any:
     return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
 
 
+@pytest.mark.quick
 @interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_out_and_lse_match_the_oracle_without_races(name):

@@ -14,6 +14,8 @@ from pallas_flash.backends.hopper.config import ForwardConfig, default_forward_c
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.spec import AttentionSpec, Operands
 
+pytestmark = pytest.mark.quick
+
 DIMS = (16, 40, 64, 80, 96, 128, 192, 256)
 
 

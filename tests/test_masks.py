@@ -1,5 +1,7 @@
 """Masks: the algebra, the classification of blocks, the schedule, all against brute force."""
 
+import tracemalloc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,10 @@ from pallas_flash.terms import Tile, map_operands
 
 SIZES = Sizes(batch=3, q_len=37, kv_len=45)
 BLOCKS = [(8, 16), (16, 8), (5, 7), (37, 45), (1, 1)]
+
+
+def cut(block_q, block_kv) -> schedule.Blocks:
+    return schedule.Blocks(SIZES.q_len, SIZES.kv_len, block_q, block_kv, SIZES.batch)
 
 
 def dense(mask, sizes) -> np.ndarray:
@@ -44,7 +50,8 @@ def test_allowed_is_what_the_name_says(name):
 def test_block_kinds_are_safe(name, block_q, block_kv):
     mask, _ = MASKS[name](SIZES)
     bound = None if mask is None else mask.bind(SIZES.q_len, SIZES.kv_len)
-    kinds = schedule.block_kinds(bound, SIZES.q_len, SIZES.kv_len, block_q, block_kv, SIZES.batch)
+    blocks = cut(block_q, block_kv)
+    kinds = schedule.block_kinds(bound, blocks, np.arange(blocks.num_q), np.arange(blocks.num_kv))
     assert isinstance(kinds, np.ndarray) == (not jax.tree.leaves(mask))
     truth = dense(mask, SIZES)
     kinds = np.broadcast_to(kinds, (*truth.shape[:2], *kinds.shape[2:]))
@@ -60,7 +67,9 @@ def test_block_kinds_are_safe(name, block_q, block_kv):
 def test_block_kinds_are_exact_for_structured_masks(name):
     mask, _ = MASKS[name](SIZES)
     bound = mask.bind(SIZES.q_len, SIZES.kv_len)
-    kinds = np.asarray(schedule.block_kinds(bound, SIZES.q_len, SIZES.kv_len, 8, 5, SIZES.batch))
+    blocks = cut(8, 5)
+    numbers = np.arange(blocks.num_q), np.arange(blocks.num_kv)
+    kinds = np.asarray(schedule.block_kinds(bound, blocks, *numbers))
     truth = dense(mask, SIZES)
     for b, i, j in np.ndindex(3, *kinds.shape[2:]):
         block = truth[b, 0, i * 8 : (i + 1) * 8, j * 5 : (j + 1) * 5]
@@ -87,13 +96,35 @@ def test_runs_visit_every_block_and_mask_every_partial_one(seed):
 
 
 def test_causal_schedule_skips_half_and_masks_only_the_diagonal():
-    runs = schedule.kv_schedule(pf.Causal(), 1024, 1024, 128, 128, 1)[0, 0]
+    blocks = schedule.Blocks(1024, 1024, 128, 128, 1)
+    runs = schedule.kv_schedule(pf.Causal(), blocks)[0, 0]
     np.testing.assert_array_equal(runs[:, schedule.LAST], np.arange(1, 9))
     np.testing.assert_array_equal(runs[1:, schedule.FULL_FIRST], np.zeros(7))
     np.testing.assert_array_equal(runs[1:, schedule.FULL_LAST], np.arange(1, 8))
-    runs = schedule.q_schedule(pf.Causal(), 1024, 1024, 128, 128, 1)[0, 0]
+    runs = schedule.q_schedule(pf.Causal(), blocks)[0, 0]
     np.testing.assert_array_equal(runs[:, schedule.FIRST], np.arange(8))
     np.testing.assert_array_equal(runs[:, schedule.LAST], np.full(8, 8))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_schedule_made_in_parts_is_the_same(name, monkeypatch):
+    mask, _ = MASKS[name](SIZES)
+    bound = None if mask is None else mask.bind(SIZES.q_len, SIZES.kv_len)
+    make = (schedule.kv_schedule, schedule.q_schedule)
+    whole = [np.asarray(f(bound, cut(4, 7))) for f in make]
+    monkeypatch.setattr(schedule, "BLOCKS_AT_A_TIME", 40)
+    for a, f in zip(whole, make, strict=True):
+        np.testing.assert_array_equal(a, f(bound, cut(4, 7)))
+
+
+def test_schedule_of_a_million_tokens_takes_little_memory():
+    """All 2^26 blocks at once would be 256 MiB for each number that is kept of them."""
+    tracemalloc.start()
+    runs = schedule.kv_schedule(pf.Causal(), schedule.Blocks(2**20, 2**20, 128, 128, 1))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert runs.shape == (1, 1, 2**13, 4)
+    assert peak < 64 * 2**20
 
 
 @pytest.mark.parametrize("combine", [lambda a, b: a and b, lambda a, b: a or b, lambda a, b: not a])

@@ -174,6 +174,7 @@ def test_what_cannot_stay_local_is_gathered_with_a_warning(specs, kwargs, messag
         compiled(lambda *arrays: attention(*arrays), *split)
 
 
+@pytest.mark.quick
 def test_shard_map_over_batch_and_heads():
     """With the types of shard_map checked, from outside and inside."""
     arrays = make_arrays(kv_heads=1, bias=(1, 8))
@@ -288,6 +289,7 @@ def test_shapes_under_eval_shape():
     assert lse.shape == (BATCH, 8, Q_LEN)
 
 
+@pytest.mark.quick
 def test_one_device_runs_the_plain_program():
     lowered = jax.jit(with_gradients(attention)).lower(*make_arrays())
     assert "CustomSPMDPartitioning" not in lowered.as_text()

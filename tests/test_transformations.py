@@ -81,6 +81,7 @@ def lowered_for_cuda(function, *arrays) -> str:
     return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.quick
 def test_default_lowers_to_the_hopper_kernels_without_a_gpu():
     arrays = [jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)] * 3
     attention = lambda q, k, v: pf.flash_attention(q, k, v, mask=pf.Causal())  # noqa: E731
@@ -92,6 +93,7 @@ def test_default_lowers_to_the_hopper_kernels_without_a_gpu():
     assert "mosaic_gpu" not in lowered_for_cuda(attention, *wide)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("remat", [False, True])
 def test_training_step_of_scanned_layers_lowers_for_cuda(remat):
     q, k, v = (jax.ShapeDtypeStruct((2, 192, h, 64), jnp.bfloat16) for h in (4, 2, 2))
@@ -104,6 +106,7 @@ def test_training_step_of_scanned_layers_lowers_for_cuda(remat):
     assert "mosaic_gpu" in lowered_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), q, k, v)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strict_promotion_of_ranks_and_dtypes(backend):
     sizes = SIZES["gqa"]

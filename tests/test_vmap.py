@@ -116,6 +116,7 @@ def test_gradient_through_vmap_is_summed_over_instances(mapped):
     assert_same(got, jax.jit(jax.grad(looped_loss, argnums=(0, 1, 2, 3)))(*arrays))
 
 
+@pytest.mark.quick
 def test_nested_vmaps_over_different_operands():
     """Outer over q, v, mask; inner over q, k, bias: no operand sees both but q."""
     q, k, v = make("q", N, M), make("k", M), make("v", N)

@@ -14,7 +14,7 @@ class Backend:
     Fields:
       name: what users write in ``backend=``.
       platform: the lowering platform it needs ("cuda"), or None if it runs everywhere.
-      compute_capabilities: the GPUs it runs on, e.g. ("9.0",); empty without a platform.
+      unsuited: the reason why it cannot run on a device of its platform, or None if it can.
       config_type: the frozen class of its configurations.
       unsupported: the reason why it cannot serve a spec, or None if it can.
       default_config: a sound configuration for a spec; never searches.
@@ -32,7 +32,7 @@ class Backend:
 
     name: str
     platform: str | None
-    compute_capabilities: tuple[str, ...]
+    unsuited: Callable[[Any], str | None]
     config_type: type
     unsupported: Callable[[AttentionSpec], str | None]
     default_config: Callable[[AttentionSpec], Any]

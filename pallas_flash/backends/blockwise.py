@@ -18,6 +18,7 @@ from pallas_flash import softmax_state
 from pallas_flash.backends import tile
 from pallas_flash.backends.backend import Backend
 from pallas_flash.masks import schedule
+from pallas_flash.masks.schedule import Blocks
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import Tile, floating, floating_axes, map_operands
 
@@ -43,22 +44,21 @@ class _Grid(NamedTuple):
     """The tiles of one request."""
 
     spec: AttentionSpec
-    block_q: int
-    block_kv: int
+    blocks: Blocks
     operands: Operands
 
     @classmethod
     def of(cls, spec: AttentionSpec, config: BlockwiseConfig, operands: Operands) -> "_Grid":
-        block_q, block_kv = min(config.block_q, spec.q_len), min(config.block_kv, spec.kv_len)
-        return cls(spec, block_q, block_kv, operands)
+        sizes = (min(config.block_q, spec.q_len), min(config.block_kv, spec.kv_len))
+        return cls(spec, Blocks(spec.q_len, spec.kv_len, *sizes, spec.batch), operands)
 
     @property
-    def num_q_blocks(self) -> int:
-        return -(-self.spec.q_len // self.block_q)
+    def block_q(self) -> int:
+        return self.blocks.block_q
 
     @property
-    def num_kv_blocks(self) -> int:
-        return -(-self.spec.kv_len // self.block_kv)
+    def block_kv(self) -> int:
+        return self.blocks.block_kv
 
     def tile(self, i: Any, j: Any) -> Tile:
         q_start = jnp.minimum(i * self.block_q, self.spec.q_len - self.block_q)
@@ -67,12 +67,7 @@ class _Grid(NamedTuple):
 
     def bounds(self, make_schedule) -> tuple[Any, Any]:
         """First and last block that any row or head of the batch has to visit, per tile."""
-        s = self.spec
-        table = jnp.asarray(
-            make_schedule(
-                self.operands.mask, s.q_len, s.kv_len, self.block_q, self.block_kv, s.batch
-            )
-        )
+        table = jnp.asarray(make_schedule(self.operands.mask, self.blocks))
         empty = table[..., schedule.FIRST] == table[..., schedule.LAST]
         first = jnp.where(empty, jnp.iinfo(jnp.int32).max, table[..., schedule.FIRST])
         return first.min((0, 1)), table[..., schedule.LAST].max((0, 1))
@@ -168,7 +163,7 @@ def forward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands):
             )
 
         state = softmax_state.init(rows, spec.value_dim, spec.state_dtype)
-        state = _loop(grid.num_kv_blocks, first[i], last[i], key_tile, state)
+        state = _loop(grid.blocks.num_kv, first[i], last[i], key_tile, state)
         out_tile, lse_tile = softmax_state.finalize(state)
         fresh = (q_start + lax.broadcasted_iota(jnp.int32, rows, 3)) >= i * grid.block_q
         out_tile = out_tile.astype(out.dtype)
@@ -179,7 +174,7 @@ def forward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands):
     heads = (spec.batch, spec.num_kv_heads, spec.group)
     out = jnp.zeros((*heads, spec.q_len, spec.value_dim), spec.dtype)
     lse = jnp.zeros((*heads, spec.q_len), spec.state_dtype)
-    out, lse = _loop(grid.num_q_blocks, 0, grid.num_q_blocks, query_tile, (out, lse))
+    out, lse = _loop(grid.blocks.num_q, 0, grid.blocks.num_q, query_tile, (out, lse))
     return _ungrouped(out, spec), lse.reshape(spec.batch, spec.num_q_heads, spec.q_len)
 
 
@@ -230,7 +225,7 @@ def backward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, l
         dk_tile, dv_tile = (jnp.zeros(x.shape, spec.state_dtype) for x in (k_tile, v_tile))
         sums = _Gradients(dq, dk_tile, dv_tile, d_score_mod)
         visit = lambda i, sums: step(i, j, k_tile, v_tile, sums)  # noqa: E731
-        sums = _loop(grid.num_q_blocks, first[j], last[j], visit, sums)
+        sums = _loop(grid.blocks.num_q, first[j], last[j], visit, sums)
         dk = _put(dk, _rows(dk, kv_start, grid.block_kv, 2) + sums.dk.astype(dk.dtype), kv_start, 2)
         dv = _put(dv, _rows(dv, kv_start, grid.block_kv, 2) + sums.dv.astype(dv.dtype), kv_start, 2)
         return sums.dq, dk, dv, sums.d_score_mod
@@ -242,7 +237,7 @@ def backward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, l
         jnp.zeros_like(v),
         [jnp.zeros(x.shape, spec.state_dtype) for x in own],
     )
-    dq, dk, dv, d_score_mod = _loop(grid.num_kv_blocks, 0, grid.num_kv_blocks, key_tile, carry)
+    dq, dk, dv, d_score_mod = _loop(grid.blocks.num_kv, 0, grid.blocks.num_kv, key_tile, carry)
     dk, dv = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
     d_score_mod = [d.astype(x.dtype) for d, x in zip(d_score_mod, own, strict=True)]
     return _ungrouped(dq, spec).astype(spec.dtype), dk, dv, d_score_mod
@@ -257,7 +252,7 @@ def default_config(spec: AttentionSpec) -> BlockwiseConfig:
 BACKEND = Backend(
     name="blockwise",
     platform=None,
-    compute_capabilities=(),
+    unsuited=lambda device: None,
     config_type=BlockwiseConfig,
     unsupported=lambda spec: None,
     default_config=default_config,

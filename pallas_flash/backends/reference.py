@@ -99,7 +99,7 @@ def backward(spec: AttentionSpec, config: ReferenceConfig, operands: Operands, l
 BACKEND = Backend(
     name="reference",
     platform=None,
-    compute_capabilities=(),
+    unsuited=lambda device: None,
     config_type=ReferenceConfig,
     unsupported=lambda spec: None,
     default_config=lambda spec: ReferenceConfig(),

@@ -1,6 +1,7 @@
 """Schedule: the blocks that a tile has to visit, and the run of them that needs no mask."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,32 +14,51 @@ from pallas_flash.terms import SCORE_AXES, map_operands
 # full_first..full_last without mask. A tile with nothing to visit has first == last.
 FIRST, FULL_FIRST, FULL_LAST, LAST = range(4)
 
+# Blocks classified at a time: what bounds the memory of a schedule.
+BLOCKS_AT_A_TIME = 2**20
 
-def block_kinds(
-    mask: Mask | None, q_len: int, kv_len: int, block_q: int, block_kv: int, batch: int
-) -> Any:
-    """`BlockKind` of every block: [B or 1, Hq or 1, num_q_blocks, num_kv_blocks] int32.
 
-    A numpy array if the mask holds no arrays, else computed at run time. A block over the end of
-    the keys is at most PARTIAL, so that a kernel masks what lies beyond them; a block over the
-    end of the queries is not, since rows beyond them are never stored.
+class Blocks(NamedTuple):
+    """How the scores are cut into blocks, and for how many rows of a batch.
+
+    Sizes are in positions.
     """
 
-    def bounds(n, block, shape):
-        lo = np.arange(0, n, block, dtype=np.int32).reshape(shape)
-        return lo, np.minimum(lo + block, n) - 1
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_kv: int
+    batch: int
 
-    q_lo, q_hi = bounds(q_len, block_q, (1, 1, -1, 1))
-    kv_lo, kv_hi = bounds(kv_len, block_kv, (1, 1, 1, -1))
+    @property
+    def num_q(self) -> int:
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def num_kv(self) -> int:
+        return -(-self.kv_len // self.block_kv)
+
+
+def block_kinds(mask: Mask | None, blocks: Blocks, q_index: Any, kv_index: Any) -> Any:
+    """`BlockKind` of the blocks with the given numbers: [B or 1, Hq or 1, len(q), len(kv)] int32.
+
+    A numpy array if mask and numbers hold no JAX arrays, else computed at run time. A block over
+    the end of the keys is at most PARTIAL, so that a kernel masks what lies beyond them; a block
+    over the end of the queries is not, since rows beyond them are never stored.
+    """
+    q_index, kv_index = q_index.reshape(1, 1, -1, 1), kv_index.reshape(1, 1, 1, -1)
+    # Both span all blocks: a mask need not look at both.
+    none = (q_index + kv_index) * 0
+    q_lo, kv_lo = q_index * blocks.block_q + none, kv_index * blocks.block_kv + none
+    xp = np if isinstance(none, np.ndarray) and not jax.tree.leaves(mask) else jnp
     if mask is None:
-        kinds: Any = np.full((1, 1, q_lo.size, kv_lo.size), BlockKind.FULL, np.int32)
+        kinds = none + BlockKind.FULL
     else:
-        kinds = _per_row(mask, batch).block_kind(q_lo, q_hi, kv_lo, kv_hi)
-        shape = np.broadcast_shapes(np.shape(kinds), (1, 1, q_lo.size, kv_lo.size))
-        xp = jnp if jax.tree.leaves(mask) else np
-        kinds = xp.broadcast_to(xp.asarray(kinds, np.int32), shape)
-    over_the_end = (kv_lo + block_kv > kv_len) & (kinds > BlockKind.PARTIAL)
-    return kinds - over_the_end.astype(np.int32)
+        q_hi = xp.minimum(q_lo + blocks.block_q, blocks.q_len) - 1
+        kv_hi = xp.minimum(kv_lo + blocks.block_kv, blocks.kv_len) - 1
+        kinds = _per_row(mask, blocks.batch).block_kind(q_lo, q_hi, kv_lo, kv_hi)
+    over_the_end = (kv_lo + blocks.block_kv > blocks.kv_len) & (kinds > BlockKind.PARTIAL)
+    return xp.asarray(kinds - over_the_end.astype(np.int32), np.int32)
 
 
 def _per_row(mask: Mask, batch: int) -> Mask:
@@ -73,16 +93,35 @@ def runs(kinds: Any) -> Any:
     return xp.stack([start, full_first, full_last, last], axis=-1).astype(np.int32)
 
 
-def kv_schedule(
-    mask: Mask | None, q_len: int, kv_len: int, block_q: int, block_kv: int, batch: int
-) -> Any:
+def kv_schedule(mask: Mask | None, blocks: Blocks) -> Any:
     """For every query tile the key blocks to visit: [B or 1, Hq or 1, num_q_blocks, 4] int32."""
-    return runs(block_kinds(mask, q_len, kv_len, block_q, block_kv, batch))
+    everything = np.arange(blocks.num_kv, dtype=np.int32)
+
+    def part(tiles):
+        return runs(block_kinds(mask, blocks, tiles, everything))
+
+    return _in_parts(mask, blocks, blocks.num_q, part)
 
 
-def q_schedule(
-    mask: Mask | None, q_len: int, kv_len: int, block_q: int, block_kv: int, batch: int
-) -> Any:
+def q_schedule(mask: Mask | None, blocks: Blocks) -> Any:
     """For every key tile the query blocks to visit: [B or 1, Hq or 1, num_kv_blocks, 4] int32."""
-    kinds = block_kinds(mask, q_len, kv_len, block_q, block_kv, batch)
-    return runs(kinds.swapaxes(-1, -2))
+    everything = np.arange(blocks.num_q, dtype=np.int32)
+
+    def part(tiles):
+        return runs(block_kinds(mask, blocks, everything, tiles).swapaxes(-1, -2))
+
+    return _in_parts(mask, blocks, blocks.num_kv, part)
+
+
+def _in_parts(mask: Mask | None, blocks: Blocks, count: int, part: Callable[[Any], Any]) -> Any:
+    """``part`` of the tiles 0..count, some at a time, joined along the tiles."""
+    is_static = not jax.tree.leaves(mask)
+    tables = 1 if is_static else blocks.batch
+    size = max(1, BLOCKS_AT_A_TIME * count // (blocks.num_q * blocks.num_kv * tables))
+    if count <= size:
+        return part(np.arange(count, dtype=np.int32))
+    tiles = np.arange(-(-count // size) * size, dtype=np.int32).reshape(-1, size)
+    if is_static:
+        return np.concatenate([part(some) for some in tiles], axis=-2)[..., :count, :]
+    found = jnp.moveaxis(jax.lax.map(part, jnp.asarray(tiles)), 0, -3)
+    return found.reshape(*found.shape[:-3], -1, found.shape[-1])[..., :count, :]

@@ -17,6 +17,10 @@ from pallas_flash.terms import BATCH, HEADS, leaf_fields
 
 HEAD_DIMS = range(16, 257, 8)
 DTYPES = (jnp.bfloat16, jnp.float16)
+COMPUTE_CAPABILITY = "9.0"
+# ptxas of these CUDA versions, from the first to below the second, gives wrong causal masks; JAX's
+# own Pallas attention refuses them too.
+MISCOMPILING_CUDA = (12080, 12091)
 
 
 def unsupported(spec: AttentionSpec) -> str | None:
@@ -42,6 +46,28 @@ def unsupported(spec: AttentionSpec) -> str | None:
                 f"{SHARED_MEMORY_LIMIT}"
             )
     return None
+
+
+def unsuited(device: Any) -> str | None:
+    """The reason why these kernels cannot run on a GPU, or None."""
+    capability = getattr(device, "compute_capability", None)
+    if capability != COMPUTE_CAPABILITY:
+        return (
+            f"it needs a GPU of compute capability {COMPUTE_CAPABILITY}, this one "
+            f"({device.device_kind}) has {capability}"
+        )
+    version = _cuda_version()
+    if MISCOMPILING_CUDA[0] <= version < MISCOMPILING_CUDA[1]:
+        return f"CUDA 12.8.0 to 12.9.0 miscompiles causal kernels, this is {version}"
+    return None
+
+
+def _cuda_version() -> int:
+    """Of the CUDA runtime, e.g. 12091 for 12.9.1."""
+    from jax._src.lib import cuda_versions
+
+    assert cuda_versions is not None, "asked only where a GPU is present"
+    return cuda_versions.cuda_runtime_get_version()
 
 
 def _names(score_mod: ScoreMod) -> str:
@@ -73,7 +99,7 @@ def _backward(
 BACKEND = Backend(
     name="hopper",
     platform="cuda",
-    compute_capabilities=("9.0",),
+    unsuited=unsuited,
     config_type=Config,
     unsupported=unsupported,
     default_config=default_config,

@@ -28,7 +28,7 @@ from pallas_flash.backends.hopper.backward_common import (
 from pallas_flash.backends.hopper.backward_storage import query_columns, storage, value_columns
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.storage import LOG2_E, locate, padded, round_up, tma_rows
-from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, q_schedule
+from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
 from pallas_flash.spec import AttentionSpec, Operands
 
 COMPILER_PARAMS = plgpu.CompilerParams(
@@ -72,8 +72,8 @@ def _schedule(spec: AttentionSpec, config: BackwardConfig, mask: Any) -> tuple[R
     """Which loops a block runs, and their bounds where they differ between blocks."""
     if mask is None and spec.kv_len % config.block_kv == 0:
         return Runs(False, True, False), None
-    tiles = (config.block_q, config.block_kv)
-    bounds = q_schedule(mask, spec.q_len, spec.kv_len, *tiles, spec.batch)
+    blocks = Blocks(spec.q_len, spec.kv_len, config.block_q, config.block_kv, spec.batch)
+    bounds = q_schedule(mask, blocks)
     if not isinstance(bounds, np.ndarray):
         return Runs(True, True, True), bounds
     edges = [bounds[..., column] for column in (FIRST, FULL_FIRST, FULL_LAST, LAST)]

@@ -42,7 +42,7 @@ from pallas_flash.backends.hopper.storage import (
     zero_matrix,
 )
 from pallas_flash.masks import Mask
-from pallas_flash.masks.schedule import kv_schedule
+from pallas_flash.masks.schedule import Blocks, kv_schedule
 from pallas_flash.spec import AttentionSpec, Operands
 
 # Registers a thread of the producer and of a consumer may use, by number of consumer warpgroups:
@@ -144,8 +144,8 @@ def _plan(spec: AttentionSpec, config: ForwardConfig, mask: Mask | None) -> tupl
     if mask is None:
         full, last = spec.kv_len // config.block_kv, pl.cdiv(spec.kv_len, config.block_kv)
         return Walk((False, full > 0, last > full), (0, 0, full, last)), None
-    sizes = (spec.q_len, spec.kv_len, config.block_q, config.block_kv)
-    schedule = kv_schedule(mask, *sizes, spec.batch)
+    blocks = Blocks(spec.q_len, spec.kv_len, config.block_q, config.block_kv, spec.batch)
+    schedule = kv_schedule(mask, blocks)
     if not isinstance(schedule, np.ndarray):
         return Walk((True, True, True), None), schedule
     rows = schedule.reshape(-1, 4)
