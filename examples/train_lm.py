@@ -213,7 +213,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     on_gpu = jax.default_backend() == "gpu"
     parser.add_argument("--compare", action="store_true", help="also train with Flax's attention")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=128, help="bytes the model looks back")
     for name, default in {"layers": 4, "width": 128, "heads": 4}.items():
