@@ -93,6 +93,20 @@ def test_default_lowers_to_the_hopper_kernels_without_a_gpu():
     assert "mosaic_gpu" not in lowered_for_cuda(attention, *wide)
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint32, jnp.int64])
+def test_lengths_of_any_integer_type_lower_for_cuda(dtype):
+    with jax.enable_x64(dtype == jnp.int64):
+        arrays = [jax.ShapeDtypeStruct((2, 100, n, 64), jnp.bfloat16) for n in (4, 2, 2)]
+        lengths = jax.ShapeDtypeStruct((2,), dtype)
+
+        def loss(q, k, v, lengths):
+            mask = pf.KvLengths(lengths) & pf.QLengths(lengths)
+            return pf.flash_attention(q, k, v, mask=mask).astype(jnp.float32).sum()
+
+        text = lowered_for_cuda(jax.grad(loss, argnums=(0, 1, 2)), *arrays, lengths)
+    assert text.count("mosaic_gpu") >= 2
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("remat", [False, True])
 def test_training_step_of_scanned_layers_lowers_for_cuda(remat):

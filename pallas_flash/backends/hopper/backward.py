@@ -59,7 +59,7 @@ def backward(
         lse_log2=lse_log2,
         delta=delta,
         schedule=schedule,
-        mask_leaves=tuple(jax.tree.leaves(operands.mask)),
+        mask_leaves=tuple(x.astype(jnp.int32) for x in jax.tree.leaves(operands.mask)),
         dq_acc=None,
     )
     dq_acc, dk, dv = _launch(spec, tiles, runs, inputs)
@@ -107,7 +107,8 @@ def _launch(
         head, kv_tile = locate(
             lax.axis_index("block"), num_kv_tiles, num_heads, config.heads_per_group
         )
-        block = Block(lax.div(head, spec.num_kv_heads), lax.rem(head, spec.num_kv_heads), kv_tile)
+        num_kv_heads = jnp.int32(spec.num_kv_heads)
+        block = Block(lax.div(head, num_kv_heads), lax.rem(head, num_kv_heads), kv_tile)
         kernel = Kernel(spec, config, runs, gmem, smem, block)
         wg = lax.axis_index("wg")
 

@@ -141,7 +141,8 @@ def for_each_q_tile(kernel: Kernel, unmasked: Callable, masked: Callable) -> Any
     t = one_head(zero, zero, is_first=True)
     if kernel.spec.group == 1:
         return t
-    return lax.fori_loop(1, kernel.spec.group, partial(one_head, is_first=False), t)
+    one, group = jnp.int32(1), jnp.int32(kernel.spec.group)
+    return lax.fori_loop(one, group, partial(one_head, is_first=False), t)
 
 
 def _edges(kernel: Kernel, q_head: Any) -> tuple[Any, Any, Any, Any]:
