@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import oracle
 import pallas_flash as pf
-from conftest import BACKENDS, MASKS, SCORE_MODS, SIZES, Sizes, normal, qkv
+from conftest import BACKENDS, MASKS, SCORE_MODS, SIZES, Score, Sizes, normal, qkv
 from tolerance import assert_as_good_as_plain, assert_close_to_oracle
 
 NAMES = ("out", "lse", "dq", "dk", "dv", "d_score_mod")
@@ -183,3 +184,18 @@ def test_without_a_batch_dimension(backend):
     )
     for a, b in zip(got, want):
         assert a.shape == b.shape[1:] and (a == b[0]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_of_a_low_precision_bias_is_summed_in_float32(backend):
+    """Over hundreds of rows and many tiles: sums in bfloat16 would lose most of their digits."""
+    sizes = Sizes(q_len=300, kv_len=40)
+    arrays, cotangents = problem(sizes, None, SCORE_MODS["none"](sizes))
+    *arrays, _ = arrays
+    bias = normal(4, 1, 1, 1, sizes.kv_len, dtype=jnp.bfloat16)
+    score = Score(bias, pf.Bias, lambda s, a: s + a)
+    got = run(ours(None, score, **BACKENDS[backend]), [*arrays, bias], cotangents)[-1]
+    want = expected([*arrays, bias], cotangents, True, score)[-1]
+    assert got.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(got).astype(np.float64) - np.asarray(want))
+    assert (error <= 2**-8 * np.abs(want) + 1e-3).all()
