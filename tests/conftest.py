@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import pallas_flash as pf
 from pallas_flash.backends.blockwise import BlockwiseConfig
@@ -76,6 +77,17 @@ def pytest_configure(config):
     is_worker = hasattr(config, "workerinput")
     if (folder := config.getoption("--gpu-summary")) and not is_worker:
         config.pluginmanager.register(_Summary(folder))
+
+
+@pytest.fixture
+def shim():
+    """Pallas' interpret mode with what it lacks, and clean afterwards."""
+    # Late: it reaches into Pallas' own modules, which tests of other things do not need.
+    import interp_shim
+
+    interp_shim.install()
+    yield
+    interp_shim.gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
 class Sizes(NamedTuple):

@@ -28,7 +28,7 @@ def attention(q, k, v, *, allowed=None, change=None, scale=None):
     return out, jnp.where(some, lse, -jnp.inf)[..., 0]
 
 
-def plain_attention_with_lse(q, k, v, allowed):
+def plain_attention_with_lse(q, k, v, allowed, scale=None):
     """Attention as one writes it in low precision: products of q's dtype summed in float32,
     softmax in float32, P rounded to q's dtype. Same results as `attention`."""
     group = q.shape[2] // k.shape[2]
@@ -36,7 +36,8 @@ def plain_attention_with_lse(q, k, v, allowed):
     s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
     allowed = jnp.broadcast_to(allowed, s.shape)
     some = allowed.any(-1, keepdims=True)
-    s = jnp.where(allowed, s * q.shape[-1] ** -0.5, jnp.where(some, -jnp.inf, 0.0))
+    s = s * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = jnp.where(allowed, s, jnp.where(some, -jnp.inf, 0.0))
     lse = jax.scipy.special.logsumexp(s, axis=-1, keepdims=True)
     p = jnp.where(allowed, jnp.exp(s - lse), 0.0).astype(q.dtype)
     out = jnp.einsum("bhts,bshd->bthd", p, v, preferred_element_type=jnp.float32)

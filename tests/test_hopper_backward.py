@@ -11,11 +11,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 
-import interp_shim
 import oracle
 import pallas_flash as pf
+from interpreted import Case, below, causal, interpreted, is_caught, lengths, with_races
 from pallas_flash.backends.hopper import (
     backward_by_columns,
     backward_by_keys,
@@ -28,43 +27,7 @@ from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.spec import AttentionSpec, Operands
 from tolerance import assert_as_good_as_plain
 
-interpreted = pytest.mark.timeout(120)
-
-
-@pytest.fixture(autouse=True)
-def _shim():
-    interp_shim.install()
-    yield
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
-class Case(NamedTuple):
-    """One problem: its sizes, and what makes it special."""
-
-    q_len: int
-    kv_len: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    batch: int = 1
-    dtype: Any = jnp.bfloat16
-    mask: Any = None
-    allowed: Any = None
-    config: BackwardConfig | None = None
-
-
-def causal(q_pos, kv_pos):
-    return kv_pos <= q_pos
-
-
-def lengths(*numbers):
-    return jnp.asarray(numbers, jnp.int32)
-
-
-def below(numbers):
-    return np.asarray(numbers)[:, None, None, None]
-
+pytestmark = pytest.mark.usefixtures("shim")
 
 CASES = {
     "odd-lengths-d64": Case(65, 129, 1, 1, 64, 64),
@@ -89,11 +52,11 @@ CASES = {
     "causal-and-lengths-gqa": Case(
         130, 130, 2, 1, 64, 64, batch=2,
         mask=pf.Causal() & pf.QLengths(lengths(100, 7)) & pf.KvLengths(lengths(90, 0)),
-        allowed=lambda q, k: (k <= q) & (q < below([100, 7])) & (k < below([90, 0])),
+        allowed=lambda q, k: (k <= q) & (q < below(100, 7)) & (k < below(90, 0)),
     ),
     "lengths-of-groups-of-rows": Case(
         40, 140, 1, 1, 64, 64, batch=4, mask=pf.KvLengths(lengths(30, 135)),
-        allowed=lambda q, k: k < below([30, 30, 135, 135]),
+        allowed=lambda q, k: k < below(30, 30, 135, 135),
     ),
     "f16-value-dim-192": Case(
         70, 90, 1, 1, 128, 192, dtype=jnp.float16, mask=pf.Causal(), allowed=causal
@@ -102,7 +65,7 @@ CASES = {
     "d256-causal": Case(200, 70, 1, 1, 256, 256, mask=pf.Causal(), allowed=causal),
     "d200-lengths": Case(
         70, 130, 1, 1, 200, 24, mask=pf.KvLengths(lengths(70)),
-        allowed=lambda q, k: k < below([70]),
+        allowed=lambda q, k: k < below(70),
     ),
     "d64-with-the-tiles-of-d256": Case(
         150, 60, 1, 1, 64, 64, config=BackwardConfig(64, 64, 2, 1, 1)
@@ -131,19 +94,13 @@ def with_backward(spec: AttentionSpec, backward_config: BackwardConfig | None) -
 
 def problem(case: Case) -> Problem:
     """The case with the oracle's gradients, for random dout and random dlse of finite lse."""
-    b, t, s, h, k, d, dv = (
-        case.batch, case.q_len, case.kv_len, case.num_q_heads, case.num_kv_heads, case.head_dim,
-        case.value_dim,
-    )  # fmt: skip
-    shapes = {"q": (b, t, h, d), "k": (b, s, k, d), "v": (b, s, k, dv), "dout": (b, t, h, dv)}
     rng = np.random.default_rng(0)
-    arrays = {name: jnp.asarray(rng.normal(size=n), case.dtype) for name, n in shapes.items()}
+    shapes = case.shapes().items()
+    arrays = {name: jnp.asarray(rng.normal(size=n), case.dtype) for name, n in shapes}
     dout = arrays.pop("dout")
-    allowed = True
-    if case.allowed is not None:
-        allowed = case.allowed(np.arange(t)[:, None], np.arange(s)[None, :])
-    allowed = np.broadcast_to(allowed, (b, 1, t, s))
-    dlse = jnp.asarray(rng.normal(size=(b, h, t)) * allowed.any(-1), jnp.float32)
+    allowed = case.allows()
+    rows = (case.batch, case.num_q_heads, case.q_len)
+    dlse = jnp.asarray(rng.normal(size=rows) * allowed.any(-1), jnp.float32)
 
     @jax.jit
     def attention(q, k, v):
@@ -153,42 +110,34 @@ def problem(case: Case) -> Problem:
     (out, lse), gradients = oracle.with_gradients(list(arrays.values()), (dout, dlse), attention)
     lse = jnp.where(allowed.any(-1), jnp.asarray(lse, jnp.float32), -jnp.inf)
     delta = np.einsum("bthd,bthd->bht", np.asarray(out), np.asarray(dout, np.float64)) - dlse
-    mask = None if case.mask is None else case.mask.bind(t, s)
-    operands = Operands(**arrays, mask=mask)
-    spec = AttentionSpec.of(operands, d**-0.5)
+    operands = Operands(**arrays, mask=case.bound_mask())
+    spec = AttentionSpec.of(operands, case.head_dim**-0.5)
     config = with_backward(spec, case.config)
     residuals = (lse, jnp.asarray(delta, jnp.float32), dout)
     return Problem(spec, config, operands, residuals, gradients, (allowed, dlse))
 
 
-def interpret(problem: Problem) -> Any:
-    """dq, dk, dv from the kernel in interpret mode, and whether it raced."""
+def interpretable(problem: Problem) -> Any:
+    """operands, residuals -> dq, dk, dv; traced anew for every problem."""
 
     @jax.jit
     def run(operands, *residuals):
         return backward(problem.spec, problem.config, operands, *residuals)[:3]
 
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
-        results = jax.block_until_ready(run(problem.operands, *problem.residuals))
-    return results, interpret_pallas_call.get_races().races_found
+    return run
+
+
+def interpret(problem: Problem) -> Any:
+    """dq, dk, dv from the kernel in interpret mode, and whether it raced."""
+    return with_races(interpretable(problem), problem.operands, *problem.residuals)
 
 
 def plain(problem: Problem) -> Any:
     """dq, dk, dv of plain attention in the low precision."""
     allowed, dlse = problem.allowed
-    group = problem.spec.group
-
-    def attention(q, k, v):
-        k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
-        s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-        s = jnp.where(allowed, s * problem.spec.scale, -1e30)
-        lse = jax.nn.logsumexp(s, axis=-1)
-        p = jnp.where(allowed, jnp.exp(s - lse[..., None]), 0.0).astype(v.dtype)
-        return jnp.einsum("bhts,bshd->bthd", p, v), lse
-
+    attention = jax.jit(functools.partial(oracle.plain_attention_with_lse, allowed=allowed))
     operands = problem.operands
-    _, vjp = jax.vjp(jax.jit(attention), operands.q, operands.k, operands.v)
+    _, vjp = jax.vjp(attention, operands.q, operands.k, operands.v)
     return vjp((problem.residuals[2], dlse))
 
 
@@ -281,13 +230,6 @@ class Without:
         return call if name == self.guard else original
 
 
-def is_caught(p: Problem) -> bool:
-    try:
-        return interpret(p)[1]
-    except Exception:
-        return True
-
-
 @functools.cache
 def mutation_problem(block_kv: int) -> Problem:
     """One block that reuses its stages and scrubs its keys, without oracle."""
@@ -310,7 +252,7 @@ def test_a_missing_wait_or_fence_is_caught(monkeypatch, module, function, guard,
     del function
     p = mutation_problem(64 if module == "backward_by_columns" else 128)
     monkeypatch.setattr(MODULES[module], "plgpu", Without(guard, line))
-    assert is_caught(p)
+    assert is_caught(interpretable(p), p.operands, *p.residuals)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,11 +10,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 
-import interp_shim
 import oracle
 import pallas_flash as pf
+from interpreted import Case, below, causal, interpreted, is_caught, lengths, with_races
 from mutations import WithoutCall
 from pallas_flash.backends import hopper
 from pallas_flash.backends.hopper import forward as module
@@ -22,45 +21,7 @@ from pallas_flash.backends.hopper.storage import mm, tiled
 from pallas_flash.spec import AttentionSpec, Operands
 from tolerance import assert_as_good_as_plain
 
-interpreted = pytest.mark.timeout(120)
-INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
-
-
-@pytest.fixture(autouse=True)
-def _shim():
-    interp_shim.install()
-    yield
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-
-
-class Case(NamedTuple):
-    """One problem: its sizes, what makes it special, and what its configuration changes."""
-
-    q_len: int
-    kv_len: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    batch: int = 1
-    dtype: Any = jnp.bfloat16
-    mask: Any = None
-    allowed: Any = None
-    scale: float | None = None
-    config: Any = None
-
-
-def lengths(*numbers):
-    return jnp.asarray(numbers, jnp.int32)
-
-
-def below(*numbers):
-    return np.asarray(numbers)[:, None, None, None]
-
-
-def causal(q, k):
-    return k <= q
-
+pytestmark = pytest.mark.usefixtures("shim")
 
 # Two warpgroups that take turns, in blocks so small that stages are used again.
 TURNS = {"num_warpgroups": 2, "block_kv": 32, "takes_turns": True}
@@ -137,32 +98,21 @@ def arrays(p: Problem) -> Any:
 
 
 def problem(case: Case) -> Problem:
-    b, t, s, h, k, d, dv = (
-        case.batch, case.q_len, case.kv_len, case.num_q_heads, case.num_kv_heads, case.head_dim,
-        case.value_dim,
-    )  # fmt: skip
     rng = np.random.default_rng(0)
-    shapes = (b, t, h, d), (b, s, k, d), (b, s, k, dv)
-    q, k, v = (jnp.asarray(rng.normal(size=shape), case.dtype) for shape in shapes)
-    mask = None if case.mask is None else case.mask.bind(t, s)
-    operands = Operands(q, k, v, mask)
-    spec = AttentionSpec.of(operands, d**-0.5 if case.scale is None else case.scale)
+    shapes = case.shapes()
+    q, k, v = (jnp.asarray(rng.normal(size=shapes[name]), case.dtype) for name in "qkv")
+    operands = Operands(q, k, v, case.bound_mask())
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    spec = AttentionSpec.of(operands, scale)
     config = hopper.default_config(spec)
     tiles = dataclasses.replace(config.forward, **(case.config or {}))
-    allowed = True
-    if case.allowed is not None:
-        allowed = case.allowed(np.arange(t)[:, None], np.arange(s)[None, :])
-    allowed = np.broadcast_to(allowed, (b, 1, t, s))
-    return Problem(spec, dataclasses.replace(config, forward=tiles), operands, allowed)
+    return Problem(spec, dataclasses.replace(config, forward=tiles), operands, case.allows())
 
 
 def interpret(p: Problem) -> Any:
     """(out, lse) of the kernel in interpret mode, and whether it raced."""
-    gpu_callbacks.reset_gpu_interpret_mode_state()
     run = jax.jit(lambda operands: hopper.BACKEND.forward(p.spec, p.config, operands))
-    with plgpu.force_gpu_interpret_mode(INTERPRET):
-        results = jax.block_until_ready(run(p.operands))
-    return results, interpret_pallas_call.get_races().races_found
+    return with_races(run, p.operands)
 
 
 def truth(p: Problem) -> Any:
@@ -175,12 +125,7 @@ def truth(p: Problem) -> Any:
 
 def plain(p: Problem) -> Any:
     """out of plain attention in the low precision."""
-    q, k, v = arrays(p)
-    k, v = (jnp.repeat(x, p.spec.group, axis=2) for x in (k, v))
-    s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-    s = jnp.where(p.allowed, s * p.spec.scale, -1e30)
-    weights = jnp.where(p.allowed, jax.nn.softmax(s, axis=-1), 0.0)
-    return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
+    return oracle.plain_attention_with_lse(*arrays(p), p.allowed, p.spec.scale)[0]
 
 
 @pytest.mark.quick
@@ -264,17 +209,6 @@ GUARDS = [
 ]
 
 
-def races(run) -> bool:
-    """Whether a race was found, or the accounting of barriers noticed something, while running."""
-    gpu_callbacks.reset_gpu_interpret_mode_state()
-    try:
-        with plgpu.force_gpu_interpret_mode(INTERPRET):
-            jax.block_until_ready(run())
-    except Exception:
-        return True
-    return interpret_pallas_call.get_races().races_found
-
-
 def test_the_kernel_that_is_mutated_below_has_no_races():
     assert not interpret(mutation_problem())[1]
 
@@ -284,7 +218,7 @@ def test_the_kernel_that_is_mutated_below_has_no_races():
 def test_a_missing_wait_or_fence_is_caught(monkeypatch, name, index):
     monkeypatch.setattr(module, "plgpu", WithoutCall(name, index))
     p = mutation_problem()
-    assert races(lambda: jax.jit(lambda o: module.forward(p.spec, p.config, o))(p.operands))
+    assert is_caught(jax.jit(lambda o: module.forward(p.spec, p.config, o)), p.operands)
 
 
 @interpreted
@@ -319,4 +253,4 @@ def test_a_stage_released_while_a_product_reads_it_is_caught(released_early):
         scratch_types=(tile, tile, plgpu.Barrier(), plgpu.Barrier()),
     )
     x = jnp.ones((2, 64, 64), jnp.bfloat16)
-    assert races(lambda: jax.jit(kernel)(x)) == released_early
+    assert is_caught(jax.jit(kernel), x) == released_early
