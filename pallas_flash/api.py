@@ -39,6 +39,8 @@ def flash_attention_with_lse(
     """
     operands, scale, has_batch = make_operands(q, k, v, mask=mask, score_mod=score_mod, scale=scale)
     spec = AttentionSpec.of(operands, scale)
+    if config is not None and backend is None:
+        raise ValueError(f"config={config} needs the name of the backend it is for, got {backend=}")
     chosen = dispatch.select_backend(spec, backend)
     if config is not None and not isinstance(config, chosen.config_type):
         raise TypeError(
@@ -82,7 +84,8 @@ def flash_attention(
       scale: factor of the scores; None means ``D ** -0.5``.
       backend: None for the fastest that serves the request on the device at hand, or a name from
         `explain_backends`, which then never falls back.
-      config: the backend's tile sizes, or None for its default. It changes speed, never results.
+      config: the named backend's tile sizes, or None for its default. It changes speed, never
+        results.
 
     Returns:
       out: [B, Tq, Hq, Dv] or [Tq, Hq, Dv], q's dtype.

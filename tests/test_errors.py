@@ -89,6 +89,10 @@ def test_unknown_backend():
 def test_config_must_belong_to_the_backend():
     with pytest.raises(TypeError, match="a BlockwiseConfig for backend='blockwise', got Reference"):
         pf.flash_attention(Q, K, V, backend="blockwise", config=ReferenceConfig())
+    with pytest.raises(
+        ValueError, match=r"config=ReferenceConfig\(\) needs the name of the backend"
+    ):
+        pf.flash_attention(Q, K, V, config=ReferenceConfig())
     with pytest.raises(ValueError, match="block_q=0 must be at least 1"):
         BlockwiseConfig(block_q=0, block_kv=8)
 

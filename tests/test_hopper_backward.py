@@ -49,6 +49,9 @@ CASES = {
     "not-causal": Case(
         90, 140, 1, 1, 32, 48, mask=~pf.Causal(), allowed=lambda q, k: k > q
     ),
+    "not-causal-square": Case(
+        70, 70, 1, 1, 32, 32, mask=~pf.Causal(), allowed=lambda q, k: k > q
+    ),
     "causal-and-lengths-gqa": Case(
         130, 130, 2, 1, 64, 64, batch=2,
         mask=pf.Causal() & pf.QLengths(lengths(100, 7)) & pf.KvLengths(lengths(90, 0)),
@@ -74,6 +77,11 @@ CASES = {
         150, 100, 1, 1, 64, 64, config=BackwardConfig(64, 128, 1, 1, 3)
     ),
 }  # fmt: skip
+
+
+# Queries or keys without partner, some of them in a block that is visited.
+WITH_PADDING = ["causal-and-lengths-gqa", "d200-lengths", "more-keys-d80-causal"]
+WITH_PADDING += ["not-causal-square"]
 
 
 class Problem(NamedTuple):
@@ -166,7 +174,7 @@ def test_rows_and_keys_without_partner_get_zero_gradients():
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["causal-and-lengths-gqa", "d200-lengths", "more-keys-d80-causal"])
+@pytest.mark.parametrize("name", WITH_PADDING)
 def test_nan_in_padding_does_not_leak(name):
     p = problem(CASES[name])
     clean, _ = interpret(p)

@@ -26,8 +26,8 @@ class Backend:
         dtype; dscore_mod is a list with one gradient for each floating point array of the score
         mod, in the order of ``jax.tree.leaves``.
 
-    Values at keys that no query of a tile may attend to (padding) never reach a result, NaN
-    included.
+    Values at keys that no query may attend to (padding) never reach a result, NaN included, as far
+    as `Mask.block_kind` tells which keys these are.
     """
 
     name: str

@@ -16,6 +16,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_flash.backends.hopper.backward_storage import Storage
@@ -98,8 +99,13 @@ class Kernel:
 
 def may_hold_padding(spec: AttentionSpec) -> bool:
     """Whether there may be queries or keys that the mask leaves unused: they may hold anything."""
-    has_arrays = bool(jax.tree.leaves(spec.mask))
-    return has_arrays or (spec.mask is not None and spec.q_len != spec.kv_len)
+    if spec.mask is None:
+        return False
+    if jax.tree.leaves(spec.mask) or spec.q_len != spec.kv_len:
+        return True
+    # Certain that there are none only if every query attends to the key at its own position.
+    position = np.arange(spec.q_len, dtype=np.int32)
+    return not spec.mask.allowed(position, position).all()
 
 
 def stage(step: Any, count: int) -> Any:

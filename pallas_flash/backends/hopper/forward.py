@@ -131,7 +131,7 @@ def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[An
     inputs = Inputs(
         q=padded(operands.q, columns),
         k=padded(operands.k, columns),
-        v=padded(without_padding(operands.v, mask), v_columns),
+        v=padded(without_padding(operands.v, mask, spec.q_len), v_columns),
         schedule=schedule,
         mask_leaves=tuple(x.astype(jnp.int32) for x in jax.tree.leaves(mask)),
     )

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_flash.masks import And, KvLengths, Mask
+from pallas_flash.masks import BlockKind, Mask
+from pallas_flash.masks.schedule import Blocks, block_kinds
 from pallas_flash.terms import BATCH, HEADS, map_operands
 
 LOG2_E = math.log2(math.e)
@@ -214,20 +215,18 @@ def schedule_bound(schedule: Any, batch: Any, head: Any, tile: Any, column: int)
     return read_scalar(schedule, batch_index, head_index, tile, column)
 
 
-def kv_lengths(mask: Mask | None) -> list[Any]:
-    """The arrays of those `KvLengths` beyond which the whole mask allows no key at all."""
-    if isinstance(mask, And):
-        return kv_lengths(mask.left) + kv_lengths(mask.right)
-    return [mask.lengths] if isinstance(mask, KvLengths) else []
+def without_padding(x: Any, mask: Mask | None, q_len: int) -> Any:
+    """[B, Tkv, Hkv, D] with zeros at keys that no query may attend to, as far as `mask` tells.
 
-
-def without_padding(x: Any, mask: Mask | None) -> Any:
-    """[B, Tkv, Hkv, D] with zeros at keys beyond the lengths that `mask` gives, if it does.
-
-    Padding may hold NaN. P is 0 there, but the product with V would still spread 0 * NaN.
+    They may hold NaN. P is 0 there, but the product with V would still spread 0 * NaN.
     """
-    position = lax.broadcasted_iota(jnp.int32, (1, x.shape[1], 1, 1), 1)
-    for lengths in kv_lengths(mask):
-        rows = jnp.repeat(lengths, x.shape[0] // lengths.shape[0], axis=0)
-        x = jnp.where(position < rows[:, None, None, None], x, jnp.zeros_like(x))
-    return x
+    if mask is None:
+        return x
+    batch, kv_len = x.shape[:2]
+    # Every key as a block of its own, with all queries.
+    one_key = Blocks(q_len, kv_len, q_len, 1, batch)
+    numbers = np.arange(1, dtype=np.int32), np.arange(kv_len, dtype=np.int32)
+    is_used = (block_kinds(mask, one_key, *numbers) > BlockKind.SKIP).any(1)[:, 0]
+    if isinstance(is_used, np.ndarray) and is_used.all():
+        return x
+    return jnp.where(is_used[:, :, None, None], x, jnp.zeros_like(x))
