@@ -136,6 +136,15 @@ def wgmma(
 
 
 @gpu_callbacks.fail_on_exception
+def accumulator_store(*, token, thread, key, value):
+    memory = gpu_callbacks._get_shared_memory()
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    access = access_of(memory, key, ())
+    memory.store_buffer_content(key, access, np.asarray(value), thread, increment_clock=False)
+    return token
+
+
+@gpu_callbacks.fail_on_exception
 def wgmma_accumulator_deref(*, thread, wait_n, **keywords):
     if wait_n is not None:
         await_products(gpu_callbacks._get_shared_memory(), thread, leave=wait_n)
@@ -280,16 +289,13 @@ def interpret_atomic(self, eqn, token, args):
 
 def interpret_accumulator_store(self, eqn, token, args):
     key, value = args
-    token, _ = gpu_callbacks.call_swap(
+    token = callback.io_callback(
+        accumulator_store,
+        gpu_callbacks.TOKEN_SHAPE_DTYPE,
         token=token,
-        result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
-        mesh_location=self.mesh_location,
         thread=self.thread,
-        allocation_key_as_array=key,
-        transforms=(),
-        val=value,
-        mask=None,
-        source_info=eqn.source_info,
+        key=key,
+        value=value,
     )
     return token, [value]
 

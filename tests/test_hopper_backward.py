@@ -16,8 +16,8 @@ import oracle
 import pallas_flash as pf
 from interpreted import Case, below, causal, interpreted, is_caught, lengths, with_races
 from pallas_flash.backends.hopper import (
-    backward_by_columns,
     backward_by_keys,
+    backward_by_roles,
     backward_common,
     default_config,
 )
@@ -203,7 +203,7 @@ def test_nan_in_padding_does_not_leak(name):
 MODULES = {
     "backward_common": backward_common,
     "backward_by_keys": backward_by_keys,
-    "backward_by_columns": backward_by_columns,
+    "backward_by_roles": backward_by_roles,
 }
 GUARDS = ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
 
@@ -258,7 +258,7 @@ def test_the_kernel_that_is_mutated_below_has_no_races(block_kv):
 @pytest.mark.parametrize(("module", "function", "guard", "line"), list(guards()))
 def test_a_missing_wait_or_fence_is_caught(monkeypatch, module, function, guard, line):
     del function
-    p = mutation_problem(64 if module == "backward_by_columns" else 128)
+    p = mutation_problem(64 if module == "backward_by_roles" else 128)
     monkeypatch.setattr(MODULES[module], "plgpu", Without(guard, line))
     assert is_caught(interpretable(p), p.operands, *p.residuals)
 

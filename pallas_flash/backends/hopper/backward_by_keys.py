@@ -18,8 +18,8 @@ from pallas_flash.backends.hopper.backward_common import (
     allowed_tile,
     for_each_q_tile,
     free_stages,
-    load_accumulator,
     may_hold_padding,
+    per_query,
     probabilities,
     score_gradients,
     scrub,
@@ -27,7 +27,7 @@ from pallas_flash.backends.hopper.backward_common import (
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part
-from pallas_flash.backends.hopper.storage import window
+from pallas_flash.backends.hopper.storage import load_accumulator, window
 
 # Rows of one wgmma: the keys of a warpgroup.
 WG_KEYS = 64
@@ -71,7 +71,9 @@ def _store(kernel: Kernel, wg: Any, value: Any, staging_smem: Any, array_gmem: A
     plgpu.copy_smem_to_gmem(staging_smem, target)
 
 
-def _step(kernel: Kernel, wg: Any, accs: Any, t: Any, q_head: Any, q_tile: Any, masked: bool):
+def _step(
+    kernel: Kernel, wg: Any, accs: Any, t: Any, q_head: Any, q_tile: Any, _: Any, masked: bool
+):
     """Adds one query tile's part to dK, dV (registers) and dQ (memory)."""
     smem, config = kernel.smem, kernel.config
     dk_acc, dv_acc = accs
@@ -88,15 +90,21 @@ def _step(kernel: Kernel, wg: Any, accs: Any, t: Any, q_head: Any, q_tile: Any, 
         pl.run_scoped(partial(gradients, s_acc, dp_acc), accumulator(*dq_part(kernel.spec, config)))
 
     def gradients(s_acc, dp_acc, dq_acc):
+        if config.block_q == 64:
+            # Early where there are registers: +7% at head_dim 128, H100, JAX 0.11.2.
+            lse_log2 = per_query(smem.lse_log2.at[q_slot])
         s = load_accumulator(s_acc, wait_n=1)
+        if config.block_q != 64:
+            lse_log2 = per_query(smem.lse_log2.at[q_slot])
         allowed = None
         if masked:
             q_start, kv_start = q_tile * config.block_q, kernel.kv_start + wg * WG_KEYS
             allowed = allowed_tile(kernel, q_head, q_start, kv_start, s.shape)
-        p = probabilities(kernel, s, smem.lse_log2.at[q_slot], allowed)
+        p = probabilities(kernel, s, lse_log2, allowed)
         plgpu.wgmma(dv_acc, p.astype(kernel.spec.dtype), dout_smem)
         dp = load_accumulator(dp_acc, wait_n=1)
-        ds = score_gradients(p, dp, smem.delta.at[dout_slot]).astype(kernel.spec.dtype)
+        delta = per_query(smem.delta.at[dout_slot])
+        ds = score_gradients(p, dp, delta).astype(kernel.spec.dtype)
         smem.ds.at[ds_slot, own][...] = ds
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])

@@ -112,43 +112,47 @@ def stage(step: Any, count: int) -> Any:
     return lax.rem(step, jnp.int32(count))
 
 
-def for_each_q_tile(kernel: Kernel, unmasked: Callable, masked: Callable) -> Any:
-    """Calls ``step(t, q_head, q_tile)``, t = 0, 1, .., for the tiles to visit; returns how many.
+def for_each_q_tile(
+    kernel: Kernel, unmasked: Callable, masked: Callable, carry: Any = None
+) -> tuple[Any, Any]:
+    """Calls ``carry = step(t, q_head, q_tile, carry)`` for the tiles to visit, t = 0, 1, ..
 
     There is always a first step, outside of any loop, even if the mask then allows nothing.
+    Returns the number of steps and the last carry.
     """
     runs = kernel.runs
 
-    def one_head(index, t, is_first):
+    def one_head(index, state, is_first):
+        t, carry = state
         q_head = kernel.q_head(index)
         first, full_first, full_last, last = _edges(kernel, q_head)
 
-        def loop(start, end, step):
-            def body(q_tile, _):
-                step(t + (q_tile - first), q_head, q_tile)
+        def loop(start, end, step, carry):
+            def body(q_tile, carry):
+                return step(t + (q_tile - first), q_head, q_tile, carry)
 
-            lax.fori_loop(start, end, body, None)
+            return lax.fori_loop(start, end, body, carry)
 
         begin = first
         if is_first:
             # Peeled: ptxas spills less in the loops, +3% at head_dim 128, H100, JAX 0.11.2.
             step = masked if runs.masked_before or runs.masked_after else unmasked
-            step(t, q_head, first)
+            carry = step(t, q_head, first, carry)
             begin, last = first + 1, jnp.maximum(last, first + 1)
         if runs.masked_before:
-            loop(begin, full_first, masked)
+            carry = loop(begin, full_first, masked, carry)
         if runs.unmasked:
-            loop(jnp.maximum(begin, full_first), full_last, unmasked)
+            carry = loop(jnp.maximum(begin, full_first), full_last, unmasked, carry)
         if runs.masked_after:
-            loop(jnp.maximum(begin, full_last), last, masked)
-        return t + (last - first)
+            carry = loop(jnp.maximum(begin, full_last), last, masked, carry)
+        return t + (last - first), carry
 
     zero = kernel.block.kv_tile * 0
-    t = one_head(zero, zero, is_first=True)
+    state = one_head(zero, (zero, carry), is_first=True)
     if kernel.spec.group == 1:
-        return t
+        return state
     one, group = jnp.int32(1), jnp.int32(kernel.spec.group)
-    return lax.fori_loop(one, group, partial(one_head, is_first=False), t)
+    return lax.fori_loop(one, group, partial(one_head, is_first=False), state)
 
 
 def _edges(kernel: Kernel, q_head: Any) -> tuple[Any, Any, Any, Any]:
@@ -191,11 +195,11 @@ def load_tiles(kernel: Kernel) -> None:
         *(smem.dout_ready, smem.dout_free, config.num_dout_stages),
     )
 
-    def load(t, q_head, q_tile):
+    def load(t, q_head, q_tile, _):
         _load_stage(kernel, q, t, q_head, q_tile)
         _load_stage(kernel, dout, t, q_head, q_tile)
 
-    steps = for_each_q_tile(kernel, load, load)
+    steps, _ = for_each_q_tile(kernel, load, load)
     _drain(q, steps)
     _drain(dout, steps)
 
@@ -249,20 +253,21 @@ def allowed_tile(kernel: Kernel, q_head: Any, q_start: Any, kv_start: Any, shape
     return functools.reduce(operator.and_, conditions)
 
 
-def probabilities(kernel: Kernel, s: Any, lse_log2_smem: Any, allowed: Any) -> Any:
+def per_query(row_smem: Any) -> Any:
+    """One number for each column of a tile of scores."""
+    return plgpu.load(row_smem, layout=PER_COLUMN, optimized=False)
+
+
+def probabilities(kernel: Kernel, s: Any, lse_log2: Any, allowed: Any) -> Any:
     """P^T from raw scores, 0 where not allowed (None: all are). Rows with lse_log2 = inf give 0."""
-    p = jnp.exp2(s * (kernel.spec.scale * LOG2_E) - _per_query(lse_log2_smem, s.shape))
+    lse_log2 = lax.broadcast_in_dim(lse_log2, s.shape, [1])
+    p = jnp.exp2(s * (kernel.spec.scale * LOG2_E) - lse_log2)
     return p if allowed is None else jnp.where(allowed, p, 0.0)
 
 
-def score_gradients(p: Any, dp: Any, delta_smem: Any) -> Any:
+def score_gradients(p: Any, dp: Any, delta: Any) -> Any:
     """dS^T without the scale: 0 where P is, since dP is finite there (`scrub`)."""
-    return p * (dp - _per_query(delta_smem, dp.shape))
-
-
-def _per_query(row_smem: Any, shape: Any) -> Any:
-    row = plgpu.load(row_smem, layout=PER_COLUMN, optimized=False)
-    return lax.broadcast_in_dim(row, shape, [1])
+    return p * (dp - lax.broadcast_in_dim(delta, dp.shape, [1]))
 
 
 def scrub(tile_smem: Any) -> None:
@@ -277,12 +282,6 @@ def scrub(tile_smem: Any) -> None:
     plgpu.commit_smem()
 
 
-def load_accumulator(acc: Any, wait_n: int) -> Any:
-    """The accumulator's value, awaited until at most `wait_n` later products are in flight."""
-    # Without the barrier the use of the value could be traced across the issue of later products.
-    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=wait_n))
-
-
 def accumulator(rows: int, columns: int) -> Any:
     return plgpu.ACC((rows, columns), jnp.float32)
 
@@ -295,18 +294,21 @@ def zero_accumulator(rows: int, columns: int) -> Any:
 def add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
     """Adds this warpgroup's part of a dQ tile to float32 memory, asynchronously."""
     config, staging_smem = kernel.config, kernel.smem.dq.at[wg]
-    rows, columns = dq.shape
+    num_buffers, rows, width = staging_smem.shape
     row, column = q_tile * config.block_q, kernel.block.kv_tile * 0
     if config.splits_dq_columns:
-        column = column + wg * columns
+        column = column + wg * dq.shape[1]
     else:
         row = row + wg * rows
-    # The add of the step before has read the staging buffer.
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    staging_smem[...] = dq
-    plgpu.commit_smem()
-    at = (kernel.block.batch, pl.ds(row, rows), q_head, pl.ds(column, columns))
-    plgpu.copy_smem_to_gmem(staging_smem, kernel.gmem.dq_acc.at[at], reduction_op="add")
+    for i in range(dq.shape[1] // width):
+        buffer_smem = staging_smem.at[i % num_buffers]
+        # The adds before have read the buffer.
+        plgpu.wait_smem_to_gmem(num_buffers - 1, wait_read_only=True)
+        buffer_smem[...] = dq[:, i * width : (i + 1) * width]
+        plgpu.commit_smem()
+        part = pl.ds(column + i * width, width)
+        at = (kernel.block.batch, pl.ds(row, rows), q_head, part)
+        plgpu.copy_smem_to_gmem(buffer_smem, kernel.gmem.dq_acc.at[at], reduction_op="add")
 
 
 def free_stages(kernel: Kernel, t: Any) -> None:

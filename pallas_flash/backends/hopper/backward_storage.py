@@ -15,8 +15,8 @@ NUM_SCORE_STAGES = 2
 class Storage(NamedTuple):
     """What a block allocates; the leading axis of q, lse_log2, dout, delta is a stage.
 
-    ds and p hold scores of two steps, dq each warpgroup's part. p, scrubbed and outputs_ready
-    exist where the warpgroups share the keys, k_read where they do not.
+    ds and p hold scores of two steps, dq each warpgroup's part of a tile or, in turn, of its
+    columns. p and p_ready exist where the warpgroups share the keys.
     """
 
     q: Any
@@ -33,24 +33,19 @@ class Storage(NamedTuple):
     dout_ready: Any
     q_free: Any
     dout_free: Any
+    p_ready: Any
     ds_ready: Any
     k_read: Any
-    scrubbed: Any
-    outputs_ready: Any
 
 
 def query_columns(spec: AttentionSpec, config: Any) -> Columns:
-    """Layout of head_dim: cut in two where the warpgroups share a product by columns."""
-    if config.splits_columns:
-        return head_columns(spec.head_dim, parts=2, widest_tile=32)
+    """Layout of head_dim: cut in two where the warpgroups split dQ by columns."""
     return head_columns(spec.head_dim, parts=2 if config.splits_dq_columns else 1)
 
 
-def value_columns(spec: AttentionSpec, config: Any) -> Columns:
+def value_columns(spec: AttentionSpec) -> Columns:
     """Layout of value_dim."""
-    if config.splits_columns:
-        return head_columns(spec.value_dim, parts=2, widest_tile=32)
-    return head_columns(spec.value_dim, parts=1)
+    return head_columns(spec.value_dim)
 
 
 def dq_part(spec: AttentionSpec, config: Any) -> tuple[int, int]:
@@ -65,18 +60,22 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     """What a block allocates."""
     block_q, block_kv = config.block_q, config.block_kv
     dtype, f32 = spec.dtype, jnp.float32
-    qk, vo = query_columns(spec, config), value_columns(spec, config)
-    dq_shape = dq_part(spec, config)
-    dq_tile = next(tile for tile in (32, 16, 8) if dq_shape[1] % tile == 0)
+    qk, vo = query_columns(spec, config), value_columns(spec)
+    rows, columns = dq_part(spec, config)
+    dq_tile = next(tile for tile in (32, 16, 8) if columns % tile == 0)
+    shared = config.shares_keys
+    dq_shape = (2, 1, rows, columns)
+    if shared:
+        # No room for all columns: they pass through a few buffers, the same ones in every step.
+        passes = columns // dq_tile
+        num_buffers = next((n for n in range(2, passes) if passes % n == 0), passes)
+        dq_shape = (2, num_buffers, rows, dq_tile)
     score_shape = (NUM_SCORE_STAGES, block_kv, block_q)
 
-    # One arrival from each math warpgroup, or one for each of two TMA copies.
-    both = plgpu.Barrier(num_arrivals=2)
+    def barriers(count=1, arrivals=2):
+        # Two arrivals: one from each math warpgroup, or one for each of two TMA copies.
+        return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
-    def each(count):
-        return plgpu.Barrier(num_arrivals=2, num_barriers=count)
-
-    shared = config.splits_columns
     return Storage(
         q=tiled((config.num_q_stages, block_q, qk.smem), dtype, qk.tile),
         lse_log2=plgpu.SMEM((config.num_q_stages, block_q), f32),
@@ -84,17 +83,16 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         delta=plgpu.SMEM((config.num_dout_stages, block_q), f32),
         k=tiled((block_kv, qk.smem), dtype, qk.tile),
         v=tiled((block_kv, vo.smem), dtype, vo.tile),
-        # The two operands of a product must be swizzled alike: P meets dO, dS meets Q and K.
-        p=tiled(score_shape, dtype, vo.tile) if shared else None,
+        p=tiled(score_shape, dtype, qk.tile) if shared else None,
+        # Swizzled like Q and K, which it meets in products.
         ds=tiled(score_shape, dtype, qk.tile),
-        dq=tiled((2, *dq_shape), f32, dq_tile),
-        kv_ready=both,
-        q_ready=each(config.num_q_stages),
-        dout_ready=each(config.num_dout_stages),
-        q_free=each(config.num_q_stages),
-        dout_free=each(config.num_dout_stages),
-        ds_ready=each(NUM_SCORE_STAGES),
-        k_read=None if shared else both,
-        scrubbed=both if shared else None,
-        outputs_ready=both if shared else None,
+        dq=tiled(dq_shape, f32, dq_tile),
+        kv_ready=barriers(),
+        q_ready=barriers(config.num_q_stages),
+        dout_ready=barriers(config.num_dout_stages),
+        q_free=barriers(config.num_q_stages),
+        dout_free=barriers(config.num_dout_stages),
+        p_ready=barriers(NUM_SCORE_STAGES, arrivals=1) if shared else None,
+        ds_ready=barriers(NUM_SCORE_STAGES, arrivals=1 if shared else 2),
+        k_read=barriers(arrivals=1 if shared else 2),
     )

@@ -23,8 +23,8 @@ class ForwardConfig:
       num_warpgroups: math warpgroups of a block, each with 64 queries: 1, 2 or 3.
       block_kv: keys of a block, a multiple of 16 up to 256.
       num_stages: blocks of K and V in flight.
-      takes_turns: whether two warpgroups take turns with the matrix units, so that one computes its
-        softmax while the other multiplies (FlashAttention-3, section 3.1).
+      takes_turns: whether the warpgroups take turns with the matrix units, so that one computes its
+        softmax while another multiplies (FlashAttention-3, section 3.1).
       heads_per_group: query heads whose tiles run next to each other, longest first; their keys
         and values should fit into the L2 cache.
 
@@ -46,8 +46,8 @@ class ForwardConfig:
         for name in ("num_stages", "heads_per_group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.takes_turns and self.num_warpgroups != 2:
-            raise ValueError(f"takes_turns=True needs num_warpgroups={self.num_warpgroups} to be 2")
+        if self.takes_turns and self.num_warpgroups == 1:
+            raise ValueError("takes_turns=True needs num_warpgroups=1 to be 2 or 3")
 
     @property
     def block_q(self) -> int:
@@ -84,7 +84,7 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
             num_warpgroups=num_warpgroups,
             block_kv=block_kv,
             num_stages=2,
-            takes_turns=num_warpgroups == 2,
+            takes_turns=num_warpgroups > 1 and widest <= 192,
             heads_per_group=max(1, kv_heads * spec.group),
         )
         for block_kv in (128, 96, 64, 48)
@@ -100,8 +100,8 @@ class BackwardConfig:
     Fields:
       block_q: queries of a tile, 64 or 128.
       block_kv: keys of a block. 128: each of two warpgroups owns 64 keys and dK, dV for them; they
-        split dQ by columns (block_q 64) or by rows (block_q 128). 64: the two share the keys and
-        split every gradient by columns, for head dimensions whose dK and dV fill more registers.
+        split dQ by columns (block_q 64) or by rows (block_q 128). 64: the two share the keys, one
+        owns dK and one dV, for head dimensions at which both do not fit a warpgroup's registers.
       num_q_stages: tiles of Q in flight.
       num_dout_stages: tiles of dO in flight.
       heads_per_group: kv heads whose blocks run next to each other, first keys first; what they
@@ -126,14 +126,14 @@ class BackwardConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
     @property
-    def splits_columns(self) -> bool:
-        """Whether the warpgroups split all gradients by columns and not dK, dV by keys."""
+    def shares_keys(self) -> bool:
+        """Whether the warpgroups share their keys: one owns dV, the other dK."""
         return self.block_kv == 64
 
     @property
     def splits_dq_columns(self) -> bool:
         """Whether the warpgroups split a dQ tile by columns and not by rows."""
-        return self.splits_columns or self.block_q == 64
+        return self.shares_keys or self.block_q == 64
 
     def shared_memory_bytes(self, spec: AttentionSpec) -> int:
         """SMEM of a block, from what the kernel allocates."""

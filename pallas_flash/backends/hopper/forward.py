@@ -7,6 +7,8 @@ scores that it is compared with are multiplied by ``scale * LOG2_E``.
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_flash.backends.hopper import assignment
 from pallas_flash.backends.hopper.config import Config, ForwardConfig
 from pallas_flash.backends.hopper.forward_storage import (
     REDUCTION_SCRATCH_BYTES,
@@ -30,16 +33,15 @@ from pallas_flash.backends.hopper.storage import (
     LOG2_E,
     MATRIX,
     constant_per_row,
-    locate,
+    load_accumulator,
     mask_with_scalars,
-    mm,
-    mm_add,
     padded,
+    read_scalar,
+    round_up,
     schedule_bound,
     widen_rows,
     window,
     without_padding,
-    zero_matrix,
 )
 from pallas_flash.masks import Mask
 from pallas_flash.masks.schedule import Blocks, kv_schedule
@@ -58,68 +60,90 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 class Inputs(NamedTuple):
     """What the kernel reads from GMEM.
 
-    q, k, v: [B, T, H, D], padded where TMA needs it. schedule: [B or 1, Hq or 1, num_q_tiles, 4]
-    int32 or None. mask_leaves: the mask's arrays.
+    q, k, v: [B, T, H, D], padded where TMA needs it. tiles: [blocks, rounds, fields] int32 and
+    num_tiles: [blocks] int32, see assignment.py. schedule: [B or 1, Hq or 1, num_q_tiles, 4] int32
+    if it is known at run time only, else None. mask_leaves: the mask's arrays.
     """
 
     q: Any
     k: Any
     v: Any
+    tiles: Any
+    num_tiles: Any
     schedule: Any
     mask_leaves: Any
 
 
-Runs = tuple[bool, bool, bool]
 Edges = tuple[Any, Any, Any, Any]
 
 
 class Walk(NamedTuple):
-    """Which key blocks the tiles visit.
+    """Which key blocks the tiles visit, the last one first.
 
-    runs: which of the loops (masked, unmasked, masked) can have anything to do. edges: first,
-    full_first, full_last, last where they are the same for every tile, else None.
+    starts_full: whether the first step of every tile needs no mask. runs: which of the loops after
+    it (masked, unmasked, masked) can have anything to do. edges: first, full_first, full_last, last
+    where they are the same for every tile, else None.
     """
 
-    runs: Runs
+    starts_full: bool
+    runs: tuple[bool, bool, bool]
     edges: Edges | None
 
 
 class Tile(NamedTuple):
-    """Which queries a block owns."""
+    """Queries of one head, and the key blocks that they visit.
+
+    edges: first, full_first, full_last, last. index: which queries.
+    """
 
     batch: Any
     q_head: Any
-    kv_head: Any
     index: Any
-
-
-class State(NamedTuple):
-    """Running state of 64 queries: acc [64, Dv] float32, m_log2 and l [64] float32."""
-
-    acc: Any
-    m_log2: Any
-    l: Any  # noqa: E741
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """A thread block at work: what is static, its refs, its tile and the key blocks it visits."""
-
-    spec: AttentionSpec
-    config: ForwardConfig
-    runs: Runs
-    gmem: Inputs
-    smem: Storage
-    tile: Tile
     edges: Edges
 
     @property
-    def q_start(self) -> Any:
-        return self.tile.index * self.config.block_q
+    def num_steps(self) -> Any:
+        """One key block is visited even if the mask then allows nothing."""
+        return jnp.maximum(self.edges[3] - self.edges[0], 1)
 
-    def stage(self, kv_block: Any) -> Any:
-        """Where in SMEM a key block lies."""
-        return lax.rem(kv_block - self.edges[0], jnp.int32(self.config.num_stages))
+    def kv_block(self, step: Any) -> Any:
+        """The key block of a step: under a causal mask those that need it are the last."""
+        return self.edges[0] + (self.num_steps - 1 - step)
+
+    @property
+    def runs(self) -> Edges:
+        """Where the loops (masked, unmasked, masked) begin and end, in steps."""
+        first, full_first, full_last, _ = self.edges
+        last = first + self.num_steps
+        return jnp.int32(0), last - full_last, last - full_first, self.num_steps
+
+
+class State(NamedTuple):
+    """Running state of 64 queries: m_log2 and l [64] float32, p [64, block_kv] in q's dtype.
+
+    p are the probabilities of the last key block, not yet multiplied with V.
+    """
+
+    m_log2: Any
+    l: Any  # noqa: E741
+    p: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch: what is static, and the refs."""
+
+    spec: AttentionSpec
+    config: ForwardConfig
+    walk: Walk
+    gmem: Inputs
+    out_gmem: Any
+    lse_gmem: Any
+    smem: Storage
+
+    def stage(self, step: Any) -> Any:
+        """Where in SMEM the keys or values of a step lie, counted over all tiles of a block."""
+        return lax.rem(step, jnp.int32(self.config.num_stages))
 
 
 def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[Any, Any]:
@@ -128,11 +152,19 @@ def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[An
     tiles, mask = config.forward, operands.mask
     columns, v_columns = query_columns(spec), value_columns(spec, tiles.block_kv)
     walk, schedule = _plan(spec, tiles, mask)
+    is_known = isinstance(schedule, np.ndarray)
+    num_q_tiles = pl.cdiv(spec.q_len, tiles.block_q)
+    edges = np.broadcast_to(
+        schedule if is_known else 0, (spec.batch, spec.num_q_heads, num_q_tiles, 4)
+    )
+    assigned = assignment.table(edges, tiles.heads_per_group, is_known)
     inputs = Inputs(
         q=padded(operands.q, columns),
         k=padded(operands.k, columns),
         v=padded(without_padding(operands.v, mask, spec.q_len), v_columns),
-        schedule=schedule,
+        tiles=jnp.asarray(assigned),
+        num_tiles=jnp.asarray((assigned[..., assignment.BATCH] >= 0).sum(1), jnp.int32),
+        schedule=None if is_known else schedule,
         mask_leaves=tuple(x.astype(jnp.int32) for x in jax.tree.leaves(mask)),
     )
     out, lse = _launch(spec, tiles, walk, inputs)
@@ -140,23 +172,30 @@ def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[An
 
 
 def _plan(spec: AttentionSpec, config: ForwardConfig, mask: Mask | None) -> tuple[Walk, Any]:
-    """Which key blocks the tiles visit, and the schedule to read it from if that differs."""
+    """Which key blocks the tiles visit, and the schedule: [B or 1, Hq or 1, num_q_tiles, 4].
+
+    The schedule is a NumPy array unless the mask holds arrays.
+    """
+    num_q_tiles = pl.cdiv(spec.q_len, config.block_q)
     if mask is None:
         full, last = spec.kv_len // config.block_kv, pl.cdiv(spec.kv_len, config.block_kv)
-        return Walk((False, full > 0, last > full), (0, 0, full, last)), None
-    blocks = Blocks(spec.q_len, spec.kv_len, config.block_q, config.block_kv, spec.batch)
-    schedule = kv_schedule(mask, blocks)
+        schedule = np.broadcast_to(np.array([0, 0, full, last], np.int32), (1, 1, num_q_tiles, 4))
+    else:
+        blocks = Blocks(spec.q_len, spec.kv_len, config.block_q, config.block_kv, spec.batch)
+        schedule = kv_schedule(mask, blocks)
     if not isinstance(schedule, np.ndarray):
-        return Walk((True, True, True), None), schedule
-    rows = schedule.reshape(-1, 4)
-    masked_before, unmasked, masked_after = (
-        bool((rows[:, i] < rows[:, i + 1]).any()) for i in range(3)
+        return Walk(False, (True, True, True), None), schedule
+    edges = schedule.reshape(-1, 4)
+    before, full, after = np.diff(edges, axis=1).T
+    # The first step is outside of the loops.
+    runs = (
+        bool((after > 1).any()),
+        bool((full > (after == 0)).any()),
+        bool((before > ((after == 0) & (full == 0))).any()),
     )
-    runs = (masked_before, unmasked, masked_after)
-    if (rows == rows[0]).all():
-        first, full_first, full_last, last = map(int, rows[0])
-        return Walk(runs, (first, full_first, full_last, last)), None
-    return Walk(runs, None), jnp.asarray(schedule)
+    starts_full = bool(((full > 0) & (after == 0)).all())
+    is_uniform = (edges == edges[0]).all()
+    return Walk(starts_full, runs, tuple(edges[0].tolist()) if is_uniform else None), schedule
 
 
 def _launch(
@@ -166,35 +205,32 @@ def _launch(
     num_wgs = config.num_warpgroups
 
     def flash_attention_forward(gmem, out_gmem, lse_gmem, smem):
-        tile = _locate(spec, config, lax.axis_index("tile"))
-        block = Block(spec, config, walk.runs, gmem, smem, tile, _edges(walk, gmem, tile))
+        kernel = Kernel(spec, config, walk, gmem, out_gmem, lse_gmem, smem)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == num_wgs)
         def _():
             if num_wgs in REGISTERS:
                 plgpu.set_max_registers(REGISTERS[num_wgs][0], action="decrease")
-            _load(block)
+            _load(kernel)
 
         @pl.when(wg < num_wgs)
         def _():
             if num_wgs in REGISTERS:
                 plgpu.set_max_registers(REGISTERS[num_wgs][1], action="increase")
-            state = _compute(block, wg)
-            _finish(block, wg, state, out_gmem, lse_gmem)
+            _compute(kernel, wg)
 
     batch, rows, heads, _ = inputs.q.shape
-    num_q_tiles = pl.cdiv(spec.q_len, config.block_q)
+    lse_rows = round_up(spec.q_len, config.block_q)
     return plgpu.kernel(
         flash_attention_forward,
         out_type=(
             jax.ShapeDtypeStruct((batch, rows, heads, inputs.v.shape[-1]), spec.dtype),
             # Whole tiles: a row that ended inside of one would be stored over the next row.
-            jax.ShapeDtypeStruct((batch, heads, num_q_tiles * config.block_q), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, lse_rows), jnp.float32),
         ),
-        # One axis: the others of a CUDA grid end at 65535.
-        grid=(num_q_tiles * batch * heads,),
-        grid_names=("tile",),
+        grid=(inputs.tiles.shape[0],),
+        grid_names=("block",),
         num_threads=num_wgs + 1,
         thread_name="wg",
         scratch_types=(storage(spec, config),),
@@ -202,130 +238,246 @@ def _launch(
     )(inputs)
 
 
-def _locate(spec: AttentionSpec, config: ForwardConfig, index: Any) -> Tile:
-    """The tile of a block: group by group of heads, in each the last queries first.
+def _for_each_tile(kernel: Kernel, body: Callable[[Tile, Any, Any], Any]) -> Any:
+    """Calls ``step = body(tile, following, step)`` for the tiles of this block, step = 0 at first.
 
-    Under a causal mask the last queries have the most keys, and short tiles at the end even out.
+    following: calls its argument with the next tile, if there is one.
     """
-    num_q_tiles = pl.cdiv(spec.q_len, config.block_q)
-    num_heads = spec.batch * spec.num_q_heads
-    head, tile = locate(index, num_q_tiles, num_heads, config.heads_per_group)
-    batch = lax.div(head, jnp.int32(spec.num_q_heads))
-    q_head = head - batch * spec.num_q_heads
-    kv_head = lax.div(q_head, jnp.int32(spec.group))
-    return Tile(batch, q_head, kv_head, num_q_tiles - 1 - tile)
+    count = read_scalar(kernel.gmem.num_tiles, lax.axis_index("block"))
+
+    def nth(n, state):
+        step, fields = state
+        # Read a tile ahead: the memory's latency passes meanwhile.
+        next_fields = _fields(kernel, n + 1)
+
+        def following(function):
+            pl.when(n + 1 < count)(lambda: function(_tile(kernel, next_fields)))
+
+        return body(_tile(kernel, fields), following, step), next_fields
+
+    first = (jnp.int32(0), _fields(kernel, jnp.int32(0)))
+    return lax.fori_loop(jnp.int32(0), count, nth, first)[0]
 
 
-def _edges(walk: Walk, gmem: Inputs, tile: Tile) -> Edges:
-    """first, full_first, full_last and last key block of a tile, int32."""
-    if walk.edges is not None:
-        first, full_first, full_last, last = map(jnp.int32, walk.edges)
-        return first, full_first, full_last, last
-    where = (tile.batch, tile.q_head, tile.index)
-    first, full_first, full_last, last = (
-        schedule_bound(gmem.schedule, *where, column) for column in range(4)
+def _fields(kernel: Kernel, n: Any) -> tuple[Any, ...]:
+    """What the table holds of the n-th tile of this block."""
+    has_edges = kernel.walk.edges is None and kernel.gmem.schedule is None
+    fields = range(assignment.NUM_FIELDS if has_edges else assignment.EDGES.start)
+    return tuple(
+        read_scalar(kernel.gmem.tiles, lax.axis_index("block"), n, field) for field in fields
     )
-    return first, full_first, full_last, last
 
 
-def _load(block: Block) -> None:
-    """The producer: streams the key blocks through the stages."""
-    smem = block.smem
-    first, *_, last = block.edges
+def _tile(kernel: Kernel, fields: tuple[Any, ...]) -> Tile:
+    batch, q_head, index = fields[: assignment.EDGES.start]
+    if kernel.walk.edges is not None:
+        edges = tuple(map(jnp.int32, kernel.walk.edges))
+    elif kernel.gmem.schedule is None:
+        edges = fields[assignment.EDGES]
+    else:
+        where = (kernel.gmem.schedule, batch, q_head, index)
+        edges = tuple(schedule_bound(*where, column) for column in range(4))
+    first, full_first, full_last, last = edges
+    return Tile(batch, q_head, index, (first, full_first, full_last, last))
 
-    def load(i, _):
-        _load_block(block, i, block.gmem.k, smem.k, smem.k_ready, smem.k_free)
-        _load_block(block, i, block.gmem.v, smem.v, smem.v_ready, smem.v_free)
 
-    lax.fori_loop(first, last, load, None)
+def _load(kernel: Kernel) -> None:
+    """The producer: streams the key blocks of all tiles through the stages."""
+    gmem, smem = kernel.gmem, kernel.smem
+    k = Stream(gmem.k, smem.k, smem.k_ready, smem.k_free)
+    v = Stream(gmem.v, smem.v, smem.v_ready, smem.v_free)
+
+    def load_tile(tile, _, first_step):
+        def load_k(i):
+            _load_block(kernel, tile, first_step + i, i, k)
+
+        def load_v(i):
+            _load_block(kernel, tile, first_step + i, i, v)
+
+        # In the order of their use.
+        def load(i, _):
+            load_k(i)
+            load_v(i - 1)
+
+        load_k(jnp.int32(0))
+        lax.fori_loop(jnp.int32(1), tile.num_steps, load, None)
+        load_v(tile.num_steps - 1)
+        return first_step + tile.num_steps
+
+    steps = _for_each_tile(kernel, load_tile)
     # Interpret mode wants every phase of a barrier observed by whoever waits on it.
-    for stage in range(block.config.num_stages):
+    for stage in range(kernel.config.num_stages):
 
-        @pl.when(stage < last - first)
+        @pl.when(stage < steps)
         def _(stage=stage):
             plgpu.barrier_wait(smem.k_free.at[stage])
             plgpu.barrier_wait(smem.v_free.at[stage])
 
 
-def _load_block(block: Block, i: Any, array: Any, tiles: Any, ready: Any, free: Any) -> None:
-    """Loads key block `i` of K or V as soon as its stage is free."""
-    stage = block.stage(i)
+class Stream(NamedTuple):
+    """K or V on its way through the stages."""
 
-    @pl.when(i - block.edges[0] >= block.config.num_stages)
+    array: Any
+    tiles: Any
+    ready: Any
+    free: Any
+
+
+def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream) -> None:
+    """Loads the keys or values of a tile's step `i`, the block's step `t`, into their stage."""
+    array, tiles, ready, free = stream
+    stage = kernel.stage(t)
+
+    @pl.when(t >= kernel.config.num_stages)
     def _():
         plgpu.barrier_wait(free.at[stage])
 
     target = tiles.at[stage]
-    source = window(array, block.tile.batch, i * tiles.shape[1], block.tile.kv_head, target)
+    kv_head = lax.div(tile.q_head, jnp.int32(kernel.spec.group))
+    source = window(array, tile.batch, tile.kv_block(i) * tiles.shape[1], kv_head, target)
     plgpu.copy_gmem_to_smem(source, target, ready.at[stage])
 
 
-def _compute(block: Block, wg: Any) -> State:
-    """A consumer: the running state of its queries after all key blocks."""
-    smem, tile = block.smem, block.tile
-    q_start = block.q_start + wg * WG_ROWS
-    q_smem = smem.q.at[wg]
-    source = window(block.gmem.q, tile.batch, q_start, tile.q_head, q_smem)
-    plgpu.copy_gmem_to_smem(source, q_smem, smem.q_ready.at[wg])
-    plgpu.barrier_wait(smem.q_ready.at[wg])
-    mask = block.spec.mask
+def _load_q(kernel: Kernel, wg: Any, tile: Tile) -> None:
+    """Starts the load of a warpgroup's queries."""
+    q_smem = kernel.smem.q.at[wg]
+    start = tile.index * kernel.config.block_q + wg * WG_ROWS
+    source = window(kernel.gmem.q, tile.batch, start, tile.q_head, q_smem)
+    plgpu.copy_gmem_to_smem(source, q_smem, kernel.smem.q_ready.at[wg])
+
+
+def _compute(kernel: Kernel, wg: Any) -> None:
+    """A consumer: the results of its queries in every tile."""
+    smem = kernel.smem
+    _load_q(kernel, wg, _tile(kernel, _fields(kernel, jnp.int32(0))))
+    # The warpgroups' products queue up one after the other: while one is in its softmax the other
+    # multiplies. The first one's turn comes first.
+    last_wg = kernel.config.num_warpgroups - 1
+    pl.when(wg == last_wg)(lambda: _pass_turn(kernel, wg))
+
+    def compute_tile(tile, following, step):
+        plgpu.barrier_wait(smem.q_ready.at[wg])
+
+        def with_accumulator(acc):
+            state = _attend(kernel, wg, tile, step, acc)
+            # The tile of q has served, unless the result is staged in it.
+            load_next_q = partial(following, partial(_load_q, kernel, wg))
+            if smem.out is not None:
+                load_next_q()
+            _multiply_last(kernel, tile, step, state, acc)
+            _finish(kernel, wg, tile, state, acc)
+            if smem.out is None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                load_next_q()
+
+        pl.run_scoped(with_accumulator, plgpu.ACC((WG_ROWS, smem.v.shape[-1]), jnp.float32))
+        return step + tile.num_steps
+
+    _for_each_tile(kernel, compute_tile)
+    pl.when(wg == 0)(lambda: _take_turn(kernel, wg))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _attend(kernel: Kernel, wg: Any, tile: Tile, first_step: Any, acc: Any) -> State:
+    """The state after all key blocks of a tile; acc lacks the last one."""
+    q_start = tile.index * kernel.config.block_q + wg * WG_ROWS
+    mask = kernel.spec.mask
     if mask is not None:
-        leaves = block.gmem.mask_leaves
-        mask = mask_with_scalars(mask, leaves, block.spec.batch, tile.batch, tile.q_head)
+        leaves = kernel.gmem.mask_leaves
+        mask = mask_with_scalars(mask, leaves, kernel.spec.batch, tile.batch, tile.q_head)
 
-    def unmasked(i, state):
-        return _step(block, wg, i, state, None)
+    def allowed(i):
+        return _allowed(kernel, mask, q_start, tile.kv_block(i))
 
-    def masked(i, state):
-        return _step(block, wg, i, state, lambda: _allowed(block, mask, q_start, i))
+    def step(i, state, is_masked):
+        mask_scores = partial(allowed, i) if is_masked else None
+        return _step(kernel, wg, first_step + i, state, acc, mask_scores)
 
-    state = State(
-        acc=zero_matrix(WG_ROWS, smem.v.shape[-1]),
-        m_log2=constant_per_row(WG_ROWS, -jnp.inf),
-        l=constant_per_row(WG_ROWS, 0.0),
+    zero = jnp.int32(0)
+    state = _first_step(
+        kernel, wg, first_step, None if kernel.walk.starts_full else partial(allowed, zero)
     )
-    # Sets the warpgroups half a step apart: one is in its softmax while the other multiplies.
-    if smem.turn is not None:
-        pl.when(wg == 1)(lambda: _swap_turns(block))
-    for i, step in enumerate((masked, unmasked, masked)):
-        if block.runs[i]:
-            state = lax.fori_loop(block.edges[i], block.edges[i + 1], step, state)
-    if smem.turn is not None:
-        pl.when(wg == 0)(lambda: _swap_turns(block))
+    for i, is_masked in enumerate((True, False, True)):
+        if kernel.walk.runs[i]:
+            # The first step is done.
+            start, end = jnp.maximum(tile.runs[i], 1), tile.runs[i + 1]
+            state = lax.fori_loop(start, end, partial(step, is_masked=is_masked), state)
     return state
 
 
-def _swap_turns(block: Block) -> None:
-    """Meets the other warpgroup: one leaves the matrix units, the other may use them."""
-    if block.smem.turn is not None:
-        plgpu.barrier_arrive(block.smem.turn)
-        plgpu.barrier_wait(block.smem.turn)
+def _take_turn(kernel: Kernel, wg: Any) -> None:
+    """Waits until the warpgroup before has issued its products."""
+    if kernel.smem.turn is not None:
+        plgpu.barrier_wait(kernel.smem.turn.at[wg])
 
 
-def _step(block: Block, wg: Any, i: Any, state: State, allowed: Any) -> State:
-    """The state after key block `i`. allowed: makes the mask of the block, or None."""
-    smem, stage = block.smem, block.stage(i)
-    plgpu.barrier_wait(smem.k_ready.at[stage])
-    k_transposed = smem.k.at[stage].transpose((1, 0))
-    s = mm(smem.q.at[wg], k_transposed, during=lambda: _swap_turns(block))
-    plgpu.barrier_arrive(smem.k_free.at[stage])
-    p, state = _softmax(block, s, state, allowed)
-    p = p.astype(block.spec.dtype)
-    # Keeps the softmax on this side of the barriers.
-    state, p = lax.optimization_barrier((state, p))
-    if smem.turn is not None:
-        plgpu.barrier_arrive(smem.turn)
+def _pass_turn(kernel: Kernel, wg: Any) -> None:
+    """Lets the next warpgroup issue its products."""
+    if kernel.smem.turn is not None:
+        following = jnp.where(wg == kernel.config.num_warpgroups - 1, 0, wg + 1)
+        plgpu.barrier_arrive(kernel.smem.turn.at[following])
+
+
+def _first_step(kernel: Kernel, wg: Any, t: Any, allowed: Any) -> State:
+    """The state after a tile's first key block; `t` counts the steps of all tiles."""
+    smem, stage = kernel.smem, kernel.stage(t)
+    nothing = State(
+        m_log2=constant_per_row(WG_ROWS, -jnp.inf), l=constant_per_row(WG_ROWS, 0.0), p=None
+    )
+
+    def product(s_acc):
+        plgpu.barrier_wait(smem.k_ready.at[stage])
+        _take_turn(kernel, wg)
+        plgpu.wgmma(s_acc, smem.q.at[wg], smem.k.at[stage].transpose((1, 0)))
+        _pass_turn(kernel, wg)
+        s = load_accumulator(s_acc, wait_n=0)
+        plgpu.barrier_arrive(smem.k_free.at[stage])
+        state, _ = _softmax(kernel, s, nothing, allowed)
+        return state._replace(p=state.p.astype(kernel.spec.dtype))
+
+    return pl.run_scoped(product, plgpu.ACC((WG_ROWS, smem.k.shape[1]), jnp.float32))
+
+
+def _step(kernel: Kernel, wg: Any, t: Any, state: State, acc: Any, allowed: Any) -> State:
+    """The state after one more key block. allowed: makes the mask of the block, or None.
+
+    While the softmax of this block is computed the P of the one before is multiplied with its V
+    (FlashAttention-3, section 3.2).
+    """
+    smem, k_stage, v_stage = kernel.smem, kernel.stage(t), kernel.stage(t - 1)
+
+    def products(s_acc):
+        plgpu.barrier_wait(smem.k_ready.at[k_stage])
+        _take_turn(kernel, wg)
+        plgpu.wgmma(s_acc, smem.q.at[wg], smem.k.at[k_stage].transpose((1, 0)))
+        plgpu.barrier_wait(smem.v_ready.at[v_stage])
+        plgpu.wgmma(acc, state.p, smem.v.at[v_stage])
+        _pass_turn(kernel, wg)
+        s = load_accumulator(s_acc, wait_n=1)
+        plgpu.barrier_arrive(smem.k_free.at[k_stage])
+        new, alpha = _softmax(kernel, s, state, allowed)
+        out = load_accumulator(acc, wait_n=0)
+        plgpu.barrier_arrive(smem.v_free.at[v_stage])
+        acc[...] = out * widen_rows(alpha, out.shape)
+        # Cast behind the wait: the product still read the registers of the last P, and ptxas would
+        # serialise all products (its warning C7513).
+        return new._replace(p=new.p.astype(kernel.spec.dtype))
+
+    return pl.run_scoped(products, plgpu.ACC((WG_ROWS, smem.k.shape[1]), jnp.float32))
+
+
+def _multiply_last(kernel: Kernel, tile: Tile, first_step: Any, state: State, acc: Any) -> None:
+    """Adds the product with V of a tile's last step."""
+    smem, stage = kernel.smem, kernel.stage(first_step + tile.num_steps - 1)
     plgpu.barrier_wait(smem.v_ready.at[stage])
-    if smem.turn is not None:
-        plgpu.barrier_wait(smem.turn)
-    acc = mm_add(state.acc, p, smem.v.at[stage])
+    plgpu.wgmma(acc, state.p, smem.v.at[stage])
+    plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(smem.v_free.at[stage])
-    return state._replace(acc=acc)
 
 
-def _softmax(block: Block, s: Any, state: State, allowed: Any) -> tuple[Any, State]:
-    """P [64, block_kv] float32 of raw scores, and the state rescaled to the new maximum."""
-    to_log2 = block.spec.scale * LOG2_E
+def _softmax(kernel: Kernel, s: Any, state: State, allowed: Any) -> tuple[State, Any]:
+    """The state with raw scores s [64, block_kv], p in float32, and what older sums shrink by."""
+    to_log2 = kernel.spec.scale * LOG2_E
     if to_log2 <= 0:
         # The maximum could not be taken before the scale.
         s, to_log2 = s * to_log2, 1.0
@@ -338,16 +490,13 @@ def _softmax(block: Block, s: Any, state: State, allowed: Any) -> tuple[Any, Sta
         shift = jnp.where(m_log2 == -jnp.inf, 0.0, m_log2)
     alpha = jnp.exp2(state.m_log2 - shift)
     p = jnp.exp2(s * to_log2 - widen_rows(shift, s.shape))
-    return p, State(
-        acc=state.acc * widen_rows(alpha, state.acc.shape),
-        m_log2=m_log2,
-        l=state.l * alpha + p.sum(axis=1),
-    )
+    l = state.l * alpha + p.sum(axis=1)  # noqa: E741
+    return lax.optimization_barrier((State(m_log2, l, p), alpha))
 
 
-def _allowed(block: Block, mask: Mask | None, q_start: Any, kv_block: Any) -> Any:
+def _allowed(kernel: Kernel, mask: Mask | None, q_start: Any, kv_block: Any) -> Any:
     """Which scores of a block count: [64, block_kv] bool."""
-    block_kv, kv_len = block.config.block_kv, block.spec.kv_len
+    block_kv, kv_len = kernel.config.block_kv, kernel.spec.kv_len
     shape = (WG_ROWS, block_kv)
     kv_pos = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX) + kv_block * block_kv
     if mask is None:
@@ -357,21 +506,22 @@ def _allowed(block: Block, mask: Mask | None, q_start: Any, kv_block: Any) -> An
     return allowed & (kv_pos < kv_len) if kv_len % block_kv else allowed
 
 
-def _finish(block: Block, wg: Any, state: State, out_gmem: Any, lse_gmem: Any) -> None:
+def _finish(kernel: Kernel, wg: Any, tile: Tile, state: State, acc: Any) -> None:
     """Stores out and lse."""
-    smem, tile = block.smem, block.tile
+    smem = kernel.smem
     empty = state.l == 0.0
     inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, state.l))
-    out = state.acc * widen_rows(inverse, state.acc.shape)
-    # The tile of q has served; where out is laid out alike it goes there.
+    out = load_accumulator(acc, wait_n=0)
+    out = out * widen_rows(inverse, out.shape)
     out_smem = (smem.q if smem.out is None else smem.out).at[wg]
     lse_smem = smem.lse.at[wg]
-    out_smem[...] = out.astype(block.spec.dtype)
+    # The stores of the tile before have read these.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_smem[...] = out.astype(kernel.spec.dtype)
     lse_smem[...] = (state.m_log2 + jnp.log2(state.l)) * LN_2
     plgpu.commit_smem()
-    q_start = block.q_start + wg * WG_ROWS
-    target = window(out_gmem, tile.batch, q_start, tile.q_head, out_smem)
+    q_start = tile.index * kernel.config.block_q + wg * WG_ROWS
+    target = window(kernel.out_gmem, tile.batch, q_start, tile.q_head, out_smem)
     plgpu.copy_smem_to_gmem(out_smem, target)
     rows = pl.ds(q_start, WG_ROWS)
-    plgpu.copy_smem_to_gmem(lse_smem, lse_gmem.at[tile.batch, tile.q_head, rows])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.copy_smem_to_gmem(lse_smem, kernel.lse_gmem.at[tile.batch, tile.q_head, rows])

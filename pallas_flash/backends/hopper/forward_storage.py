@@ -5,7 +5,14 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_flash.backends.hopper.storage import Columns, head_columns, tiled, tma_can_tile
+from pallas_flash.backends.hopper.storage import (
+    SHARED_MEMORY_LIMIT,
+    Columns,
+    head_columns,
+    shared_memory_bytes,
+    tiled,
+    tma_can_tile,
+)
 from pallas_flash.spec import AttentionSpec
 
 # Queries of a consumer warpgroup: the rows of one wgmma.
@@ -18,8 +25,8 @@ class Storage(NamedTuple):
     """What a block allocates.
 
     The leading axis of q, out and lse counts warpgroups, that of k and v stages. `out` is None
-    where the result is staged in the tile of q. `turn` orders the warpgroups' use of the matrix
-    units, or is None.
+    where there is no room, and the result is staged in the tile of q. `turn` orders the warpgroups'
+    use of the matrix units, or is None.
     """
 
     q: Any
@@ -51,17 +58,20 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     """The scratch types of a block."""
     wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
     qk, vo = query_columns(spec), value_columns(spec, block_kv)
-    out_fits_q = vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
-    return Storage(
+    separate = Storage(
         q=tiled((wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
         k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
         v=tiled((stages, block_kv, vo.smem), spec.dtype, vo.tile),
-        out=None if out_fits_q else tiled((wgs, WG_ROWS, vo.smem), spec.dtype, vo.tile),
+        out=tiled((wgs, WG_ROWS, vo.smem), spec.dtype, vo.tile),
         lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=wgs),
         k_ready=plgpu.Barrier(num_barriers=stages),
         v_ready=plgpu.Barrier(num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-        turn=plgpu.Barrier(num_arrivals=wgs) if config.takes_turns else None,
+        turn=plgpu.Barrier(num_barriers=wgs) if config.takes_turns else None,
     )
+    out_fits_q = vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
+    if out_fits_q and shared_memory_bytes(separate) + REDUCTION_SCRATCH_BYTES > SHARED_MEMORY_LIMIT:
+        return separate._replace(out=None)
+    return separate

@@ -159,6 +159,12 @@ def mm_add(c: Any, a: Any, b: Any, during: Callable[[], None] | None = None) -> 
     return pl.run_state(product)(plgpu.ACC.init(c))
 
 
+def load_accumulator(acc: Any, wait_n: int) -> Any:
+    """The accumulator's value, awaited until at most `wait_n` later products are in flight."""
+    # Without the barrier the use of the value could be traced across the issue of later products.
+    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(acc, wait_n=wait_n))
+
+
 def constant_per_row(rows: int, value: float) -> Any:
     return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), PER_ROW)
 

@@ -1,0 +1,165 @@
+"""Backward for head dimensions up to 256: two warpgroups share 64 keys, each owns one gradient.
+
+The first computes P and owns dV, the second dS and dK: so an accumulator of 64 x 256 fits into
+registers, and P^T and dS^T feed it from registers. P goes through SMEM to the second warpgroup; dS
+goes through SMEM into dQ, of which each computes half the columns. The first one multiplies the dS
+of the step before, so that it need not wait for the second.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+from pallas_flash.backends.hopper.backward_common import (
+    Kernel,
+    accumulator,
+    add_dq,
+    allowed_tile,
+    for_each_q_tile,
+    may_hold_padding,
+    per_query,
+    probabilities,
+    score_gradients,
+    scrub,
+    stage,
+    zero_accumulator,
+)
+from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part
+from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator, window
+
+
+def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
+    """The part of math warpgroup `wg`."""
+    smem = kernel.smem
+    plgpu.barrier_wait(smem.kv_ready)
+
+    # Each warpgroup cleans what it reads first; the second reads K after `p_ready`.
+    @pl.when(wg == 0)
+    def _():
+        if may_hold_padding(kernel.spec):
+            scrub(smem.k)
+        _own_dv(kernel, dv_gmem)
+
+    @pl.when(wg == 1)
+    def _():
+        if may_hold_padding(kernel.spec):
+            scrub(smem.v)
+        _own_dk(kernel, dk_gmem)
+
+
+def _own_dv(kernel: Kernel, dv_gmem: Any) -> None:
+    """The first warpgroup: P, dV and the left half of dQ."""
+    smem = kernel.smem
+    zero = kernel.block.kv_tile * 0
+
+    def all_tiles(dv_acc):
+        step = partial(_dv_step, kernel, dv_acc)
+        masked, unmasked = partial(step, masked=True), partial(step, masked=False)
+        t, last = for_each_q_tile(kernel, unmasked, masked, (zero, zero))
+        _add_to_dq(kernel, 0, t - 1, *last)
+
+    dv = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.v.shape[-1]))
+    plgpu.barrier_arrive(smem.k_read)
+    # V was last read for dP, before the last `ds_ready`.
+    _store(kernel, dv, smem.v, dv_gmem)
+
+
+def _own_dk(kernel: Kernel, dk_gmem: Any) -> None:
+    """The second warpgroup: dS, dK and the right half of dQ."""
+    smem = kernel.smem
+
+    def all_tiles(dk_acc):
+        step = partial(_dk_step, kernel, dk_acc)
+        for_each_q_tile(kernel, step, step)
+
+    dk = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.k.shape[-1]))
+    # The first warpgroup reads K for its last dQ.
+    plgpu.barrier_wait(smem.k_read)
+    _store(kernel, dk * kernel.spec.scale, smem.k, dk_gmem)
+
+
+def _store(kernel: Kernel, value: Any, staging_smem: Any, array_gmem: Any) -> None:
+    """Stores dK or dV by way of the tile of K or V."""
+    staging_smem[...] = value.astype(staging_smem.dtype)
+    plgpu.commit_smem()
+    block = kernel.block
+    target = window(array_gmem, block.batch, kernel.kv_start, block.kv_head, staging_smem)
+    plgpu.copy_smem_to_gmem(staging_smem, target)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _dv_step(
+    kernel: Kernel, dv_acc: Any, t: Any, q_head: Any, q_tile: Any, before: Any, masked: bool
+) -> Any:
+    """Adds one query tile's part to dV, and the tile's before to dQ."""
+    smem, config = kernel.smem, kernel.config
+    q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
+    slot = stage(t, NUM_SCORE_STAGES)
+
+    def scores(s_acc):
+        plgpu.barrier_wait(smem.q_ready.at[q_slot])
+        plgpu.wgmma(s_acc, smem.k, smem.q.at[q_slot].transpose((1, 0)))
+        lse_log2 = per_query(smem.lse_log2.at[q_slot])
+        s = load_accumulator(s_acc, wait_n=0)
+        allowed = None
+        if masked:
+            q_start = q_tile * config.block_q
+            allowed = allowed_tile(kernel, q_head, q_start, kernel.kv_start, s.shape)
+        return probabilities(kernel, s, lse_log2, allowed).astype(kernel.spec.dtype)
+
+    p = pl.run_scoped(scores, accumulator(config.block_kv, config.block_q))
+    # Read by ordinary loads: no need to commit it.
+    smem.p.at[slot][...] = p
+    plgpu.barrier_arrive(smem.p_ready.at[slot])
+    plgpu.barrier_arrive(smem.q_free.at[q_slot])
+    plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
+    plgpu.wgmma(dv_acc, p, smem.dout.at[dout_slot])
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(smem.dout_free.at[dout_slot])
+    pl.when(t > 0)(lambda: _add_to_dq(kernel, 0, t - 1, *before))
+    return q_head, q_tile
+
+
+def _dk_step(kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, _: Any) -> None:
+    """Adds one query tile's part to dK and dQ."""
+    smem, config, dtype = kernel.smem, kernel.config, kernel.spec.dtype
+    q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
+    slot = stage(t, NUM_SCORE_STAGES)
+
+    def gradients(dp_acc):
+        plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
+        plgpu.wgmma(dp_acc, smem.v, smem.dout.at[dout_slot].transpose((1, 0)))
+        delta = per_query(smem.delta.at[dout_slot])
+        plgpu.barrier_wait(smem.p_ready.at[slot])
+        p = plgpu.load(smem.p.at[slot], layout=MATRIX)
+        dp = load_accumulator(dp_acc, wait_n=0)
+        return score_gradients(p.astype(dp.dtype), dp, delta).astype(dtype)
+
+    ds = pl.run_scoped(gradients, accumulator(config.block_kv, config.block_q))
+    smem.ds.at[slot][...] = ds
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(smem.ds_ready.at[slot])
+    plgpu.barrier_arrive(smem.dout_free.at[dout_slot])
+    # Q has arrived: P was made of it.
+    plgpu.wgmma(dk_acc, ds, smem.q.at[q_slot])
+    # Not in flight together with dQ: ptxas would spill, 333 TFLOP/s for 413, H100, JAX 0.11.2.
+    plgpu.wgmma_wait(0)
+    _add_to_dq(kernel, 1, t, q_head, q_tile)
+    plgpu.barrier_arrive(smem.q_free.at[q_slot])
+
+
+def _add_to_dq(kernel: Kernel, wg: int, t: Any, q_head: Any, q_tile: Any) -> None:
+    """Multiplies the dS of step `t` with half the columns of K and adds the product to dQ."""
+    smem, slot = kernel.smem, stage(t, NUM_SCORE_STAGES)
+
+    def product(dq_acc):
+        columns = dq_acc.shape[1]
+        if wg == 0:
+            plgpu.barrier_wait(smem.ds_ready.at[slot])
+        part = smem.k.at[:, pl.ds(wg * columns, columns)]
+        plgpu.wgmma(dq_acc, smem.ds.at[slot].transpose((1, 0)), part)
+        add_dq(kernel, wg, q_head, q_tile, load_accumulator(dq_acc, wait_n=0))
+
+    pl.run_scoped(product, accumulator(*dq_part(kernel.spec, kernel.config)))
