@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 import pallas_flash as pf
 from benchmarks.cases import Case
@@ -16,6 +17,18 @@ Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 def _ours(case: Case) -> Attention:
     return functools.partial(pf.flash_attention, mask=pf.Causal() if case.causal else None)
+
+
+def backend(case: Case) -> str:
+    """The name of our backend that serves a case here."""
+    answers: list[dict[str, str | None]] = []
+
+    def ask(q, k, v):
+        answers.append(pf.explain_backends(q, k, v, mask=pf.Causal() if case.causal else None))
+
+    structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)) for shape in case.shapes]
+    jax.eval_shape(ask, *structs[:3])
+    return next(name for name, reason in answers[0].items() if reason is None)
 
 
 def _jax_nn(case: Case, implementation: str) -> Attention:

@@ -22,7 +22,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 from tqdm import tqdm
 
-import pallas_flash as pf
 from benchmarks import peers, record, timing
 from benchmarks.cases import SUITES, Case
 
@@ -85,10 +84,7 @@ def dry(cases: list[Case], names: list[str]) -> None:
 def new_row(case: Case, name: str) -> Row:
     row = {**vars(case), "impl": name, "commit": record.commit(), "date": record.today()}
     if name == "ours":
-        reasons = pf.explain_backends(
-            *timing.structs(case)[:3], mask=pf.Causal() if case.causal else None
-        )
-        row["backend"] = next(backend for backend, reason in reasons.items() if reason is None)
+        row["backend"] = peers.backend(case)
     return row
 
 
