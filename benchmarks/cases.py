@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 
+import jax
+import jax.numpy as jnp
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
@@ -35,6 +38,11 @@ class Case:
             (self.batch, self.kv_len, self.num_kv_heads, self.value_dim),
             (self.batch, self.q_len, self.num_q_heads, self.value_dim),
         ]
+
+    @property
+    def structs(self) -> list[jax.ShapeDtypeStruct]:
+        """The same arrays without data, for tracing."""
+        return [jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype)) for shape in self.shapes]
 
     @property
     def flops(self) -> dict[str, float]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 import pallas_flash as pf
 from benchmarks.cases import Case
@@ -26,8 +25,7 @@ def backend(case: Case) -> str:
     def ask(q, k, v):
         answers.append(pf.explain_backends(q, k, v, mask=pf.Causal() if case.causal else None))
 
-    structs = [jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)) for shape in case.shapes]
-    jax.eval_shape(ask, *structs[:3])
+    jax.eval_shape(ask, *case.structs[:3])
     return next(name for name, reason in answers[0].items() if reason is None)
 
 

@@ -7,11 +7,15 @@ merge into the same file. `--dry` lowers ours for CUDA without a GPU and writes 
 """
 
 import argparse
+import concurrent.futures
+import functools
 import gc
+import itertools
 import os
 import pathlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 # Before jax is imported. Kernels of attention are measured, not XLA's choice of tiles; and a peer
@@ -29,7 +33,11 @@ DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 # After one of these every later call of the process fails.
 FATAL = re.compile("ILLEGAL_ADDRESS|ILLEGAL_INSTRUCTION|MISALIGNED|LAUNCH_FAILED|LAUNCH_TIMEOUT")
 
+# Cases that are compiled together.
+TOGETHER = 6
+
 Row = dict[str, Any]
+Builds = dict[str, Exception | timing.Calls]
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -93,24 +101,47 @@ def refuse(row: Row, error: Exception) -> None:
     row["error"] = f"{type(error).__name__}: {error}"[:300]
 
 
-def measure(case: Case, names: list[str], iterations: int) -> list[Row]:
+def build(cases: list[Case], names: list[str]) -> list[tuple[Case, Builds]]:
+    """Every case with its implementations, each compiled, or with the error that it raised."""
+    # Lowered one after the other, as not every peer allows threads there; compiled side by side.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        lowered: list[tuple[Case, dict[str, Any]]] = []
+        for case in cases:
+            builds: dict[str, Any] = {}
+            for name in filter(functools.partial(peers.takes, case=case), names):
+                try:
+                    steps = timing.lower(peers.PEERS[name].make(case), case)
+                    builds[name] = [pool.submit(step.compile) for step in steps]
+                # Anything: a peer refuses in its own way, the others are measured all the same.
+                except Exception as error:
+                    builds[name] = error
+            lowered.append((case, builds))
+    return [
+        (case, {name: compiled(build) for name, build in builds.items()})
+        for case, builds in lowered
+    ]
+
+
+def compiled(build: Exception | list[concurrent.futures.Future]) -> Exception | timing.Calls:
+    if isinstance(build, Exception):
+        return build
+    error = next((e for future in build if (e := future.exception())), None)
+    # An interrupt is no Exception and is not kept.
+    assert error is None or isinstance(error, Exception)
+    return error or timing.Calls(*(future.result() for future in build))
+
+
+def measure(case: Case, builds: Builds, iterations: int) -> list[Row]:
     """One row for each implementation: the same direction of all of them, one after the other."""
-    rows = {name: new_row(case, name) for name in names}
-    calls = {name: timing.calls(peers.PEERS[name].make(case)) for name in names}
+    rows = {name: new_row(case, name) for name in builds}
     data = timing.arrays(case)
     truth = timing.reference(case, data)
     for direction in DIRECTIONS:
         for name, row in rows.items():
             if "error" in row:
                 continue
-            # Anything: a peer refuses in its own way, and the others are measured all the same.
             try:
-                args = data if direction == "fwd_bwd" else data[:3]
-                if direction == "bwd":
-                    args = [calls[name].residuals(*args), data[3]]
-                out, spread = timing.gpu_ms(
-                    getattr(calls[name], direction), *args, iterations=iterations
-                )
+                out, spread = time_one(builds[name], direction, data, iterations)
                 row[f"{direction}_ms"] = round(spread.median, 5)
                 row[f"{direction}_ms_range"] = [round(spread.low, 5), round(spread.high, 5)]
                 row[f"{direction}_tflops"] = round(case.flops[direction] / spread.median / 1e9, 1)
@@ -124,7 +155,19 @@ def measure(case: Case, names: list[str], iterations: int) -> list[Row]:
     return list(rows.values())
 
 
-def measure_startup(case: Case, names: list[str], _: int) -> list[Row]:
+def time_one(
+    build: Exception | timing.Calls, direction: str, data: list[jax.Array], iterations: int
+) -> tuple[Any, timing.Spread]:
+    if isinstance(build, Exception):
+        raise build
+    *qkv, dout = data
+    args: list[Any] = data if direction == "fwd_bwd" else qkv
+    if direction == "bwd":
+        args = [build.residuals(*qkv), dout]
+    return timing.gpu_ms(getattr(build, direction), *args, iterations=iterations)
+
+
+def measure_startup(case: Case, names: list[str]) -> list[Row]:
     """One row for each implementation, with the seconds that a first call takes."""
     rows = [new_row(case, name) for name in names]
     for row in rows:
@@ -134,6 +177,19 @@ def measure_startup(case: Case, names: list[str], _: int) -> list[Row]:
         except Exception as error:
             refuse(row, error)
     return rows
+
+
+def startup_rows(cases: list[Case], names: list[str]) -> Iterator[tuple[Case, list[Row]]]:
+    for case in cases:
+        yield case, measure_startup(case, names)
+
+
+def speed_rows(options: argparse.Namespace, names: list[str]) -> Iterator[tuple[Case, list[Row]]]:
+    for cases in itertools.batched(options.cases, TOGETHER):
+        for case, builds in build(list(cases), names):
+            yield case, measure(case, builds, options.iterations)
+            # The case's arrays, before those of the next one are made.
+            gc.collect()
 
 
 def line(case: Case, row: Row) -> str:
@@ -166,10 +222,12 @@ def main(words: list[str] | None = None) -> int:
         **timing.chip_rates(options.iterations),
     }
     print(f"{device}: {header['matmul_tflops']} TFLOP/s, {header['copy_gb_s']} GB/s")
-    step = measure_startup if options.suite == "startup" else measure
+    if options.suite == "startup":
+        measured = startup_rows(options.cases, names)
+    else:
+        measured = speed_rows(options, names)
     lines, failed = [], False
-    for case in tqdm(options.cases, unit="case", mininterval=2):
-        rows = step(case, [name for name in names if peers.takes(name, case)], options.iterations)
+    for case, rows in tqdm(measured, total=len(options.cases), unit="case", mininterval=2):
         record.write(path, header, rows)
         lines += [line(case, row) for row in rows]
         failed |= any("error" in row for row in rows if row["impl"] == "ours")
@@ -177,8 +235,6 @@ def main(words: list[str] | None = None) -> int:
             print(f"{dead['impl']} stopped the GPU at {case}; run the rest with --only")
             failed = True
             break
-        # The case's arrays, before those of the next one are made.
-        gc.collect()
     print(f"{'TFLOP/s':51} {'forward':>7} {'back':>7} {'both':>7}   errors of out, dq, dk, dv")
     print(*lines, f"written to {path}", sep="\n")
     return int(failed)

@@ -37,28 +37,36 @@ def gpu_ms(f: Callable[..., Any], *args: Any, iterations: int) -> tuple[Any, Spr
 
 
 class Calls(NamedTuple):
-    """What is timed of one implementation, each a jitted function."""
+    """What is timed of one implementation, as jitted, lowered or compiled functions."""
 
     # q, k, v -> out
-    fwd: Callable[..., Any]
+    fwd: Any
     # q, k, v -> its vjp, the argument of bwd
-    residuals: Callable[..., Any]
+    residuals: Any
     # vjp, dout -> dq, dk, dv
-    bwd: Callable[..., Any]
+    bwd: Any
     # q, k, v, dout -> out, dq, dk, dv
-    fwd_bwd: Callable[..., Any]
+    fwd_bwd: Any
 
 
-def calls(attention: Attention) -> Calls:
+def _fwd_bwd(attention: Attention) -> Any:
     def fwd_bwd(q, k, v, dout):
         out, vjp = jax.vjp(attention, q, k, v)
         return out, *vjp(dout)
 
+    return jax.jit(fwd_bwd)
+
+
+def lower(attention: Attention, case: Case) -> Calls:
+    """For the device at hand; an implementation that refuses a case raises its own error."""
+    *qkv, dout = case.structs
+    residuals = jax.jit(lambda q, k, v: jax.vjp(attention, q, k, v)[1]).trace(*qkv)
+    bwd = jax.jit(lambda vjp, dout: vjp(dout)).trace(residuals.out_info, dout)
     return Calls(
-        fwd=jax.jit(lambda q, k, v: attention(q, k, v)),
-        residuals=jax.jit(lambda q, k, v: jax.vjp(attention, q, k, v)[1]),
-        bwd=jax.jit(lambda vjp, dout: vjp(dout)),
-        fwd_bwd=jax.jit(fwd_bwd),
+        fwd=jax.jit(lambda q, k, v: attention(q, k, v)).lower(*qkv),
+        residuals=residuals.lower(),
+        bwd=bwd.lower(),
+        fwd_bwd=_fwd_bwd(attention).lower(*qkv, dout),
     )
 
 
@@ -72,20 +80,15 @@ def arrays(case: Case) -> list[jax.Array]:
     ]
 
 
-def structs(case: Case) -> list[jax.ShapeDtypeStruct]:
-    """The same without data, for tracing."""
-    return [jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype)) for shape in case.shapes]
-
-
 def lower_for_cuda(attention: Attention, case: Case) -> str:
     """The program of forward and backward for an NVIDIA GPU, on a machine that may have none."""
-    traced = calls(attention).fwd_bwd.trace(*structs(case))  # type: ignore[attr-defined]
+    traced = _fwd_bwd(attention).trace(*case.structs)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def build_seconds(attention: Attention, case: Case) -> dict[str, float]:
     """What a user waits for before forward and backward of a new shape run."""
-    jitted: Any = calls(attention).fwd_bwd
+    jitted = _fwd_bwd(attention)
     data = jax.block_until_ready(arrays(case))
     marks = [time.perf_counter()]
 
@@ -100,13 +103,20 @@ def build_seconds(attention: Attention, case: Case) -> dict[str, float]:
     return parts | {"build_s": marks[3] - marks[0]}
 
 
-def _first_group(case: Case, q, k, v, dout) -> tuple[jax.Array, ...]:
-    """The first batch row's first key head with all its query heads, float32: [G, T, D], [S, D]."""
+def _queries(case: Case, x: jax.Array) -> jax.Array:
+    """[G, T, D] float32: the first batch row's query heads of the first key head."""
     group = case.num_q_heads // case.num_kv_heads
-    return tuple(
-        jnp.swapaxes(x[0, :, :n], 0, 1).astype(jnp.float32) if n else x[0, :, 0].astype(jnp.float32)
-        for x, n in ((q, group), (k, 0), (v, 0), (dout, group))
-    )
+    return jnp.swapaxes(x[0, :, :group], 0, 1).astype(jnp.float32)
+
+
+def _keys(x: jax.Array) -> jax.Array:
+    """[S, D] float32: the first batch row's first key head."""
+    return x[0, :, 0].astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first_group(case: Case, q, k, v, dout):
+    return _queries(case, q), _keys(k), _keys(v), _queries(case, dout)
 
 
 @jax.jit
@@ -139,24 +149,22 @@ def _attention_and_gradients(q, k, v, dout, causal):
     return out, dq, dk, dv
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _first_results(case: Case, out, dq, dk, dv):
-    out, dk, dv, dq = _first_group(case, out, dk, dv, dq)
-    return out, dq, dk, dv
-
-
 def reference(case: Case, data: list[jax.Array]) -> tuple[jax.Array, ...]:
     """out, dq, dk, dv of the first batch row and key head in float32."""
     return _attention_and_gradients(*_first_group(case, *data), case.causal)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _relative_errors(case: Case, results, truth):
+    out, dq, dk, dv = results
+    ours = _queries(case, out), _queries(case, dq), _keys(dk), _keys(dv)
+    return [jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in zip(ours, truth, strict=True)]
+
+
 def relative_errors(case: Case, results, truth) -> dict[str, float]:
     """L2 norm of the error of out, dq, dk and dv over that of the truth, where it is known."""
-    ours = _first_results(case, *results)
-    return {
-        name: float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b))
-        for name, a, b in zip(("out", "dq", "dk", "dv"), ours, truth, strict=True)
-    }
+    errors = _relative_errors(case, results, truth)
+    return dict(zip(("out", "dq", "dk", "dv"), map(float, errors), strict=True))
 
 
 def chip_rates(iterations: int, n: int = 8192) -> dict[str, float]:
