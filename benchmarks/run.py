@@ -217,7 +217,9 @@ def main(words: list[str] | None = None) -> int:
         "jax": jax.__version__,
         "commit": record.commit(),
         "date": record.today(),
-        "versions": {name: peers.version(name) for name in names if name != "ours"},
+        # Those of earlier runs stay, like their rows.
+        "versions": record.load(path).get("versions", {})
+        | {name: peers.version(name) for name in names if name != "ours"},
         "iterations": options.iterations,
         **timing.chip_rates(options.iterations),
     }

@@ -164,7 +164,8 @@ def _relative_errors(case: Case, results, truth):
 def relative_errors(case: Case, results, truth) -> dict[str, float]:
     """L2 norm of the error of out, dq, dk and dv over that of the truth, where it is known."""
     errors = _relative_errors(case, results, truth)
-    return dict(zip(("out", "dq", "dk", "dv"), map(float, errors), strict=True))
+    names = ("out", "dq", "dk", "dv")
+    return {name: float(f"{error:.3g}") for name, error in zip(names, errors, strict=True)}
 
 
 def chip_rates(iterations: int, n: int = 8192) -> dict[str, float]:

@@ -105,6 +105,7 @@ def test_runs_merge_into_one_file(small, tmp_path, capsys, monkeypatch):
     assert run.main(["--impl", "ours", "--output", str(tmp_path)]) == 0
     result = record.load(tmp_path / "cpu" / "grid.json")
     assert result["jax"] == jax.__version__ and result["commit"] == "second"
+    assert result["versions"].keys() == {"cudnn", "xla"}
     ours, cudnn, xla = result["rows"]
     assert [ours["commit"], cudnn["commit"], xla["commit"]] == ["second", "first", "second"]
     assert ours["backend"] == "blockwise"
