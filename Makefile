@@ -6,6 +6,8 @@ LOWEST_VENV := .venv-lowest
 PIP_FLAGS := --quiet --disable-pip-version-check
 # Processes that run tests.
 JOBS ?= 2
+# More arguments for the benchmark: make bench BENCH_ARGS="--impl ours,cudnn --only 4096".
+BENCH_ARGS ?=
 # More arguments for pytest: make test PYTEST_ARGS="-k causal".
 PYTEST_ARGS ?=
 
@@ -24,7 +26,7 @@ LOWEST := jax==0.11.2 jaxlib==0.11.2 flax==0.12.10
 _ := $(shell for v in $(VENV) $(LOWEST_VENV); do [ -x $$v/bin/python ] || rm -f $$v/*.stamp; done)
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-gpu lint format clean
+.PHONY: help demo test test-lowest test-gpu bench report lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +43,13 @@ test-lowest: $(LOWEST_VENV)/test.stamp  ## run its quick part on the lowest supp
 test-gpu: $(VENV)/test.stamp  ## run what needs a Hopper GPU, with every error in a JSON summary
 	$(VENV)/bin/pip install $(PIP_FLAGS) -e ".[cuda]"
 	. $(VENV)/bin/activate && $(GPU_TEST)
+
+bench: $(VENV)/bench.stamp  ## measure against the peers that are installed, on a Hopper GPU
+	$(VENV)/bin/pip install $(PIP_FLAGS) -e ".[cuda]"
+	$(VENV)/bin/python -m benchmarks.run --suite grid $(BENCH_ARGS)
+
+report: $(VENV)/bench.stamp  ## make the README's speed table and the plots from the results
+	$(VENV)/bin/python -m benchmarks.report
 
 lint: $(VENV)/test.stamp  ## check style, format and types
 	$(VENV)/bin/ruff check .

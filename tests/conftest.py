@@ -1,12 +1,9 @@
 """Set-up of every test, and the lists that every property is run for."""
 
 import collections
-import datetime
 import json
 import os
 import pathlib
-import re
-import subprocess
 
 # Before jax is imported: sharding tests need devices, interpret mode needs threads.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -22,6 +19,7 @@ import numpy as np
 import pytest
 
 import pallas_flash as pf
+from benchmarks import record
 from pallas_flash.backends.blockwise import BlockwiseConfig
 
 # name -> keywords of a call. Odd tiles leave a remainder at every length below.
@@ -58,17 +56,15 @@ class _Summary:
 
     def pytest_sessionfinish(self):
         outcomes = collections.Counter(case["outcome"] for case in self.cases)
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
         summary = {
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
-            "commit": os.environ.get("GIT_COMMIT") or git.stdout.strip() or None,
-            "date": datetime.date.today().isoformat(),
+            "commit": record.commit(),
+            "date": record.today(),
             "outcomes": outcomes,
             "cases": self.cases,
         }
-        name = "_".join(re.findall("[a-z0-9]+", summary["device"].lower()))
-        path = self.folder / name / "correctness.json"
+        path = self.folder / record.folder_name(summary["device"]) / "correctness.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary, indent=1) + "\n")
 

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
+from tools import readme
+
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = readme.PATH.read_text()
 
 
 def test_support_table_is_what_the_backends_answer():
@@ -20,8 +22,7 @@ def test_support_table_is_what_the_backends_answer():
         text=True,
         check=True,
     ).stdout.strip()
-    written = re.search("<!-- support table -->\n(.*?)\n<!-- end -->", README, re.DOTALL)
-    assert written and written.group(1) == made
+    assert readme.part(README, "support table") == made
 
 
 def test_python_blocks_run():
@@ -34,3 +35,13 @@ def test_python_blocks_run():
 @pytest.mark.parametrize("path", re.findall(r"\b(?:tools|examples)/\w+\.py", README))
 def test_files_exist(path):
     assert (ROOT / path).exists()
+
+
+def test_a_part_is_added_replaced_and_taken_out():
+    text = "# A\n\nwords\n\n## B\n"
+    once = readme.replace(text, "x", "one", before="## B")
+    assert once == "# A\n\nwords\n\n<!-- x -->\none\n<!-- end -->\n\n## B\n"
+    assert readme.part(readme.replace(once, "x", "two", before="## B"), "x") == "two"
+    assert readme.replace(once, "x", None, before="## B") == text
+    with pytest.raises(ValueError, match="## C"):
+        readme.replace(text, "x", "one", before="## C")

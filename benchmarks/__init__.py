@@ -1,0 +1,1 @@
+"""Speed of attention on a GPU, ours beside its peers: `make bench`, `make report`."""

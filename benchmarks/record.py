@@ -1,0 +1,62 @@
+"""Result files: rows that are written as they come, and merged over runs."""
+
+import datetime
+import json
+import os
+import pathlib
+import re
+import subprocess
+from collections.abc import Iterable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+# Which rows say the same thing: a new one replaces the old.
+KEY = (
+    *("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "head_dim", "value_dim"),
+    *("causal", "dtype", "impl"),
+)
+
+
+def folder_name(device: str) -> str:
+    """Of a device's results: ``NVIDIA H100 80GB HBM3`` gives ``nvidia_h100_80gb_hbm3``."""
+    return "_".join(re.findall("[a-z0-9]+", device.lower()))
+
+
+def commit() -> str | None:
+    """The environment's GIT_COMMIT, for copies without a .git folder, or what git says."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
+    try:
+        git = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return git.stdout.strip()
+
+
+def today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+
+def write(path: pathlib.Path, header: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+    """Merges rows into the file: those of other cases and implementations stay."""
+    merged = {_key(row): row for row in load(path)["rows"]}
+    merged |= {_key(row): row for row in rows}
+    head = json.dumps(header, indent=1).rstrip("\n}")
+    # One row a line: a file that is read in a diff.
+    lines = ",\n".join("  " + json.dumps(row) for row in merged.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # A run that is killed while it writes leaves the old file.
+    part = path.with_suffix(".part")
+    part.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
+    part.replace(path)
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)

@@ -1,0 +1,28 @@
+"""Parts of the README that are made: between a marker of their own and an end marker."""
+
+import pathlib
+import re
+
+PATH = pathlib.Path(__file__).parent.parent / "README.md"
+END = "<!-- end -->"
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(f"<!-- {name} -->\n(.*?)\n{END}", re.DOTALL)
+
+
+def part(text: str, name: str) -> str | None:
+    """What stands between the markers, or None where there are none."""
+    found = _pattern(name).search(text)
+    return found and found.group(1)
+
+
+def replace(text: str, name: str, body: str | None, before: str) -> str:
+    """`text` with the part made anew: without `body` it goes, a new one comes before a heading."""
+    text = re.sub(_pattern(name).pattern + "\n\n", "", text, flags=re.DOTALL)
+    if body is None:
+        return text
+    if f"\n{before}\n" not in text:
+        raise ValueError(f"the text has no line {before!r}")
+    made = f"<!-- {name} -->\n{body}\n{END}\n\n"
+    return text.replace(f"\n{before}\n", f"\n{made}{before}\n", 1)
