@@ -1,0 +1,23 @@
+"""GPU kernel time of a compiled program."""
+
+from typing import Any
+
+
+def kernel_ms(compiled: Any, *arrays: Any, iterations: int) -> list[float]:
+    """For each of several calls the sum of the times of all kernels that it launches, in ms.
+
+    By CUPTI, after one call to warm up. What the driver does without a kernel (setting or copying
+    memory) is not in it.
+
+    Raises:
+      RuntimeError: if a call launches no kernel.
+    """
+    # Late: this reaches into Mosaic GPU, which a CPU does without.
+    from jax.experimental.mosaic.gpu import profiler
+
+    # One iteration would come back as a bare list.
+    assert iterations > 1
+    _, calls = profiler.measure(compiled, iterations=iterations, aggregate=False)(*arrays)
+    if calls is None:
+        raise RuntimeError("the call launched no kernel")
+    return [sum(ms for _, ms in kernels) for kernels in calls]
