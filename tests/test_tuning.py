@@ -10,10 +10,10 @@ import pytest
 
 import pallas_flash as pf
 from pallas_flash import dispatch
-from pallas_flash.backends import hopper
+from pallas_flash.backends import hopper, reference
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.spec import AttentionSpec, Operands
-from pallas_flash.tuning import autotune, table
+from pallas_flash.tuning import autotune, table, timing
 
 MASKS = {"none": None, "causal": pf.Causal(), "other": pf.SlidingWindow(100, 0)}
 
@@ -175,3 +175,38 @@ def test_shapes_are_parsed():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="must be batch x length x heads x head_dim"):
         autotune.parse_shape("4x1024")
+
+
+def test_command_writes_what_it_found(tmp_path, monkeypatch):
+    """With the reference in place of the kernels, and a clock in place of the GPU's."""
+    stand_in = dataclasses.replace(
+        reference.BACKEND,
+        config_type=hopper.Config,
+        default_config=hopper.default_config,
+        candidate_configs=hopper.candidate_configs,
+    )
+    monkeypatch.setitem(dispatch.BACKENDS, "hopper", stand_in)
+    monkeypatch.setattr(
+        timing, "kernel_ms", lambda program, *arrays, iterations: [1.0] * iterations
+    )
+    autotune.main(["1x64x4/2x16", "--masks", "causal", "--steps", "1", "--data", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    (entry,) = table.read(path, {"hopper": hopper.BACKEND})
+    assert entry.config == hopper.default_config(spec_of(q_len=64, kv_len=64, head_dim=16))
+    assert (entry.key.group, entry.key.mask, entry.key.q_bucket) == (2, "causal", 6)
+
+
+def test_config_that_changes_results_is_found(monkeypatch):
+    x = jnp.ones((1, 8, 2, 16))
+    operands = Operands(x, x, x)
+    spec = AttentionSpec.of(operands, 0.1)
+    wrong = dataclasses.replace(
+        reference.BACKEND,
+        forward=lambda spec, config, operands: (operands.q * config, operands.q[..., 0].mT),
+        default_config=lambda spec: 1.0,
+    )
+    monkeypatch.setattr(timing, "kernel_ms", lambda *arrays, iterations: [1.0])
+    time = autotune.measured(wrong, spec, operands, iterations=2)
+    assert time(1.0, "forward") == 1.0
+    with pytest.raises(RuntimeError, match="2.0 changes the results of forward"):
+        time(2.0, "forward")

@@ -6,8 +6,7 @@ from typing import Any
 def kernel_ms(compiled: Any, *arrays: Any, iterations: int) -> list[float]:
     """For each of several calls the sum of the times of all kernels that it launches, in ms.
 
-    By CUPTI, after one call to warm up. What the driver does without a kernel (setting or copying
-    memory) is not in it.
+    By CUPTI, after one call to warm up.
 
     Raises:
       RuntimeError: if a call launches no kernel.
