@@ -187,7 +187,7 @@ def test_command_writes_what_it_found(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(dispatch.BACKENDS, "hopper", stand_in)
     monkeypatch.setattr(
-        timing, "kernel_ms", lambda program, *arrays, iterations: [1.0] * iterations
+        timing, "kernel_ms", lambda program, *arrays, iterations: (None, [1.0] * iterations)
     )
     autotune.main(["1x64x4/2x16", "--masks", "causal", "--steps", "1", "--data", str(tmp_path)])
     (path,) = tmp_path.iterdir()
@@ -205,7 +205,7 @@ def test_config_that_changes_results_is_found(monkeypatch):
         forward=lambda spec, config, operands: (operands.q * config, operands.q[..., 0].mT),
         default_config=lambda spec: 1.0,
     )
-    monkeypatch.setattr(timing, "kernel_ms", lambda *arrays, iterations: [1.0])
+    monkeypatch.setattr(timing, "kernel_ms", lambda *arrays, iterations: (None, [1.0]))
     time = autotune.measured(wrong, spec, operands, iterations=2)
     assert time(1.0, "forward") == 1.0
     with pytest.raises(RuntimeError, match="2.0 changes the results of forward"):

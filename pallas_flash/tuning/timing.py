@@ -3,8 +3,8 @@
 from typing import Any
 
 
-def kernel_ms(compiled: Any, *arrays: Any, iterations: int) -> list[float]:
-    """For each of several calls the sum of the times of all kernels that it launches, in ms.
+def kernel_ms(compiled: Any, *arrays: Any, iterations: int) -> tuple[Any, list[float]]:
+    """A call's results, and for each of several calls the ms of all kernels that it launches.
 
     By CUPTI, after one call to warm up.
 
@@ -16,7 +16,7 @@ def kernel_ms(compiled: Any, *arrays: Any, iterations: int) -> list[float]:
 
     # One iteration would come back as a bare list.
     assert iterations > 1
-    _, calls = profiler.measure(compiled, iterations=iterations, aggregate=False)(*arrays)
+    results, calls = profiler.measure(compiled, iterations=iterations, aggregate=False)(*arrays)
     if calls is None:
         raise RuntimeError("the call launched no kernel")
-    return [sum(ms for _, ms in kernels) for kernels in calls]
+    return results, [sum(ms for _, ms in kernels) for kernels in calls]
