@@ -4,7 +4,6 @@ import datetime
 import json
 import os
 import pathlib
-import re
 import subprocess
 from collections.abc import Iterable
 from typing import Any
@@ -16,11 +15,6 @@ KEY = (
     *("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "head_dim", "value_dim"),
     *("causal", "dtype", "impl"),
 )
-
-
-def folder_name(device: str) -> str:
-    """Of a device's results: ``NVIDIA H100 80GB HBM3`` gives ``nvidia_h100_80gb_hbm3``."""
-    return "_".join(re.findall("[a-z0-9]+", device.lower()))
 
 
 def commit() -> str | None:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from benchmarks import peers, record, timing
 from benchmarks.cases import SUITES, Case
+from pallas_flash.tuning.table import device_name
 
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
 # After one of these every later call of the process fails.
@@ -211,7 +212,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"{len(options.cases)} cases of ours lower for CUDA")
         return 0
     device = jax.devices()[0].device_kind
-    path = options.output / record.folder_name(device) / f"{options.suite}.json"
+    path = options.output / device_name(device) / f"{options.suite}.json"
     header = {
         "device": device,
         "jax": jax.__version__,

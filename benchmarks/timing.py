@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks.cases import Case
 from benchmarks.peers import Attention
+from pallas_flash.tuning.timing import kernel_ms
 
 # Rows of queries whose scores the reference holds at a time.
 CHUNK = 1024
@@ -28,11 +28,7 @@ class Spread(NamedTuple):
 
 def gpu_ms(f: Callable[..., Any], *args: Any, iterations: int) -> tuple[Any, Spread]:
     """f's result and the time of all kernels that a call launches, by CUPTI."""
-    assert iterations > 1
-    out, calls = profiler.measure(f, iterations=iterations, aggregate=False)(*args)
-    if calls is None:
-        raise RuntimeError("no kernel was launched")
-    times = [sum(ms for _, ms in kernels) for kernels in calls]
+    out, times = kernel_ms(f, *args, iterations=iterations)
     return out, Spread(statistics.median(times), min(times), max(times))
 
 

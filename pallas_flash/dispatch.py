@@ -13,6 +13,7 @@ from pallas_flash.backends import blockwise, hopper, reference
 from pallas_flash.backends.backend import Backend
 from pallas_flash.parallel import vary_together
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.tuning import table
 
 # In order of preference. `reference` needs T x S memory: it serves only who names it.
 BACKENDS: dict[str, Backend] = {
@@ -88,7 +89,7 @@ def run(direction: str, spec: AttentionSpec, name: str | None, config: Any, *arr
 
 
 def _call(b: Backend, direction: str, spec: AttentionSpec, config: Any, *arrays: Any) -> Any:
-    config = b.default_config(spec) if config is None else config
+    config = table.config_for(b, spec) if config is None else config
     results, tree = jax.tree.flatten(getattr(b, direction)(spec, config, *arrays))
     # Inside shard_map a kernel's results do not know over which devices they vary.
     return jax.tree.unflatten(tree, vary_together(results, like=jax.tree.leaves(arrays)))

@@ -21,6 +21,7 @@ import pytest
 import pallas_flash as pf
 from benchmarks import record
 from pallas_flash.backends.blockwise import BlockwiseConfig
+from pallas_flash.tuning.table import device_name
 
 # name -> keywords of a call. Odd tiles leave a remainder at every length below.
 BACKENDS = {
@@ -64,7 +65,7 @@ class _Summary:
             "outcomes": outcomes,
             "cases": self.cases,
         }
-        path = self.folder / record.folder_name(summary["device"]) / "correctness.json"
+        path = self.folder / device_name(summary["device"]) / "correctness.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary, indent=1) + "\n")
 

@@ -18,6 +18,10 @@ class Backend:
       config_type: the frozen class of its configurations.
       unsupported: the reason why it cannot serve a spec, or None if it can.
       default_config: a sound configuration for a spec; never searches.
+      misfit: ``(spec, config) -> `` the reason why a configuration cannot serve a spec, or None.
+      candidate_configs: ``(spec, config, direction)`` -> the configurations that fit and are one
+        step from `config` in what "forward" or "backward" uses of it, which is its field of that
+        name; none where there is nothing to tune.
       forward: ``(spec, config, operands) -> out [B, Tq, Hq, Dv], lse [B, Hq, Tq]``. lse is the
         natural log of the softmax denominator, float32 (float64 for float64 inputs). A row that
         may attend to nothing has out = 0 and lse = -inf.
@@ -38,3 +42,7 @@ class Backend:
     default_config: Callable[[AttentionSpec], Any]
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    misfit: Callable[[AttentionSpec, Any], str | None] = lambda spec, config: None
+    candidate_configs: Callable[[AttentionSpec, Any, str], list[Any]] = (
+        lambda spec, config, direction: []
+    )

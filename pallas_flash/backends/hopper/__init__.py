@@ -1,5 +1,6 @@
 """Attention on NVIDIA Hopper GPUs, in Pallas Mosaic GPU (wgmma and TMA)."""
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from pallas_flash.backends.hopper.config import (
     Config,
     default_backward_config,
     default_forward_config,
+    one_step_from,
 )
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.scores import Chain, ScoreMod
@@ -37,7 +39,11 @@ def unsupported(spec: AttentionSpec) -> str | None:
             return f"mask arrays over positions are not in the Hopper kernels yet: {field.name}"
         if not jnp.issubdtype(field.dtype, jnp.integer):
             return f"mask arrays that are not integers are not in the Hopper kernels: {field.name}"
-    config = default_config(spec)
+    return misfit(spec, default_config(spec))
+
+
+def misfit(spec: AttentionSpec, config: Config) -> str | None:
+    """The reason why a configuration cannot serve a spec that is supported, or None."""
     for name in ("forward", "backward"):
         size = getattr(config, name).shared_memory_bytes(spec)
         if size > SHARED_MEMORY_LIMIT:
@@ -81,6 +87,13 @@ def default_config(spec: AttentionSpec) -> Config:
     return Config(forward=default_forward_config(spec), backward=default_backward_config(spec))
 
 
+def candidate_configs(spec: AttentionSpec, config: Config, direction: str) -> list[Config]:
+    """The configurations that fit, one step from `config` in its part for a direction."""
+    parts = one_step_from(getattr(config, direction))
+    configs = [dataclasses.replace(config, **{direction: part}) for part in parts]
+    return [c for c in configs if misfit(spec, c) is None]
+
+
 # The kernels are imported when they are traced: a CPU never does.
 def _forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[Any, Any]:
     from pallas_flash.backends.hopper.forward import forward
@@ -105,4 +118,6 @@ BACKEND = Backend(
     default_config=default_config,
     forward=_forward,
     backward=_backward,
+    misfit=misfit,
+    candidate_configs=candidate_configs,
 )

@@ -1,6 +1,8 @@
 """Config: how the Hopper kernels cut their work. It changes speed, never results."""
 
 import dataclasses
+import itertools
+from typing import Any
 
 from pallas_flash.backends.hopper import backward_storage, forward_storage
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT, shared_memory_bytes
@@ -12,6 +14,7 @@ __all__ = [
     "ForwardConfig",
     "default_backward_config",
     "default_forward_config",
+    "one_step_from",
 ]
 
 
@@ -168,3 +171,37 @@ class Config:
 
     forward: ForwardConfig
     backward: BackwardConfig
+
+
+def one_step_from(part: Any) -> list[Any]:
+    """The valid configurations that differ from `part` in one field.
+
+    A switch may hold only for one value of a number: where a number's change alone is not valid,
+    the switches give way.
+    """
+    fields = dataclasses.asdict(part)
+    switches = [name for name, x in fields.items() if isinstance(x, bool)]
+    settings = [
+        dict(zip(switches, values, strict=True))
+        for values in itertools.product((False, True), repeat=len(switches))
+    ]
+    changes: list[list[dict[str, Any]]] = [[{name: not fields[name]}] for name in switches]
+    for name in (name for name in fields if name not in switches):
+        changes += [[{name: x}, *({name: x} | s for s in settings)] for x in _near(fields[name])]
+    found = [next(filter(None, (_changed(part, c) for c in choices)), None) for choices in changes]
+    return [c for c in found if c is not None]
+
+
+def _near(x: int) -> set[int]:
+    """Values next to a stage count, a tile size or a number of heads."""
+    by_one = {x - 1, x + 1} if x <= 4 else set()
+    by_tiles = {x + step for step in (-32, -16, 16, 32)} if x % 16 == 0 else set()
+    return {y for y in {x // 2, 2 * x} | by_one | by_tiles if y > 0} - {x}
+
+
+def _changed(part: Any, change: dict[str, Any]) -> Any:
+    """`part` with other values, or None where they are not valid."""
+    try:
+        return dataclasses.replace(part, **change)
+    except ValueError:
+        return None
