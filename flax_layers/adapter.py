@@ -158,7 +158,7 @@ def _dense_rows(mask, scores_shape, q_start=0, q_size=None) -> jax.Array:
     # Arrays of the right sizes and of no content: the core checks and binds the mask with them.
     q, kv = jnp.zeros((rows, q_len, num_q_heads, 1)), jnp.zeros((rows, kv_len, 1, 1))
     operands, *_ = make_operands(q, kv, kv, mask=mask, score_mod=None, scale=None)
-    tile = Tile(rows, q_start, q_len if q_size is None else q_size, 0, kv_len)
+    tile = Tile(rows, q_start, q_len if q_size is None else q_size, 0, kv_len, q_len)
     assert operands.mask is not None
     allowed = map_operands(tile.align, operands.mask).allowed(*tile.positions())
     allowed = allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape)

@@ -6,22 +6,39 @@ from pallas_flash.api import (
     flash_attention,
     flash_attention_with_lse,
 )
-from pallas_flash.masks import Causal, DenseMask, KvLengths, Mask, QLengths, SlidingWindow
+from pallas_flash.masks import (
+    Causal,
+    ChunkedCausal,
+    DenseMask,
+    KvLengths,
+    Mask,
+    MaskMod,
+    PrefixLM,
+    QLengths,
+    SegmentIds,
+    SlidingWindow,
+    segment_ids_from_cu_seqlens,
+)
 from pallas_flash.scores import Bias, Chain, ScoreMod, Softcap
 
 __all__ = [
     "Bias",
     "Causal",
     "Chain",
+    "ChunkedCausal",
     "DenseMask",
     "KvLengths",
     "Mask",
+    "MaskMod",
+    "PrefixLM",
     "QLengths",
     "ScoreMod",
+    "SegmentIds",
     "SlidingWindow",
     "Softcap",
     "dot_product_attention",
     "explain_backends",
     "flash_attention",
     "flash_attention_with_lse",
+    "segment_ids_from_cu_seqlens",
 ]

@@ -1,16 +1,20 @@
 """AttentionSpec and Operands: one request for attention, and the only check of user input."""
 
 import dataclasses
+import functools
+import itertools
 import math
+import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from pallas_flash.masks import Mask
 from pallas_flash.scores import ScoreMod
-from pallas_flash.terms import leaf_fields
+from pallas_flash.terms import Tile, canonical, map_operands
 
 
 @jax.tree_util.register_dataclass
@@ -104,9 +108,78 @@ def make_operands(q, k, v, *, mask, score_mod, scale) -> tuple[Operands, float, 
         )
     sizes = {"batch": q.shape[0], "heads": q.shape[2], "q": q.shape[1], "kv": k.shape[1]}
     if mask is not None:
-        mask = _canonical(mask.bind(sizes["q"], sizes["kv"]), sizes)
-    score_mod = _canonical(score_mod, sizes)
-    return Operands(q, k, v, mask, score_mod), scale, has_batch
+        mask = canonical(mask.bind(sizes["q"], sizes["kv"]), sizes)
+    score_mod = canonical(score_mod, sizes)
+    operands = Operands(q, k, v, mask, score_mod)
+    _check_functions(AttentionSpec.of(operands, scale))
+    return operands, scale, has_batch
+
+
+@functools.lru_cache(1024)
+def _check_functions(spec: AttentionSpec) -> None:
+    """Raises if the mask's or the score mod's function is not what a tile may be given to.
+
+    It must be elementwise, give a bool or a score for every element, and read its arrays from the
+    term's operands: a captured array would be read whole by every tile, and have no gradient.
+    """
+    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len, spec.q_len)
+    s = jax.ShapeDtypeStruct(
+        (spec.batch, spec.num_q_heads, spec.q_len, spec.kv_len), spec.state_dtype
+    )
+
+    def align(x, axes):
+        x = whole.align(x, axes)
+        return x.astype(spec.state_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def check(term, is_mask: bool) -> None:
+        aligned = jax.eval_shape(lambda x: map_operands(align, x), term)
+
+        def function(s, term):
+            if is_mask:
+                return term.allowed(*whole.positions())
+            return term.apply(s, *whole.positions())
+
+        name = type(term).__name__
+        program, result = jax.make_jaxpr(function, return_shape=True)(s, aligned)
+        for array in program.consts:
+            if np.ndim(array) or isinstance(array, jax.core.Tracer):
+                raise TypeError(
+                    f"the function of {name} captures an array of shape {np.shape(array)}: hand "
+                    "it over as an argument, e.g. MaskMod(fn, array) or ScoreFunction(fn, array)"
+                )
+        if mixing := _mixing(program.jaxpr):
+            raise TypeError(
+                f"the function of {name} must be elementwise, but it uses {', '.join(mixing)}"
+            )
+        want = jnp.bool_ if is_mask else s.dtype
+        shape, dtype = getattr(result, "shape", ()), getattr(result, "dtype", type(result))
+        if dtype != want:
+            raise TypeError(f"the function of {name} must return {np.dtype(want)}, got {dtype}")
+        full = (1,) * (4 - len(shape)) + shape
+        if any(n not in (1, m) for n, m in itertools.zip_longest(full, s.shape)):
+            raise ValueError(
+                f"the function of {name} must return one number for each score, of a shape that "
+                f"broadcasts to {s.shape}, got {shape}"
+            )
+
+    if spec.mask is not None:
+        check(spec.mask, True)
+    if spec.score_mod is not None:
+        check(spec.score_mod, False)
+
+
+# What makes a result depend on other elements of a tile than its own.
+_MIXING = re.compile(
+    "reduce_(?!precision)|cum|arg(max|min)|sort|gather|scatter|dynamic|dot_general|conv_|rev$"
+)
+
+
+def _mixing(program: Any) -> list[str]:
+    """The names of a program's operations that are not elementwise."""
+    found = [e.primitive.name for e in program.eqns if _MIXING.match(e.primitive.name)]
+    for inner in (j for e in program.eqns for j in jaxprs_in_params(e.params)):
+        found += _mixing(inner)
+    return sorted(set(found))
 
 
 def _kind(x: Any) -> str:
@@ -157,32 +230,3 @@ def _check_scale(scale, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
     return scale
-
-
-def _canonical(tree, sizes: dict[str, int]):
-    """The term with every array at its full rank, shapes and dtypes checked against the rule."""
-    leaves, treedef = jax.tree.flatten(tree)
-    checked = []
-    for array, field in zip(leaves, leaf_fields(tree), strict=True):
-        array = jnp.asarray(array)
-        if not jnp.issubdtype(array.dtype, field.dtype):
-            raise ValueError(
-                f"{field.name}: dtype={array.dtype} must be {_DTYPE_NAMES[field.dtype]}"
-            )
-        full = tuple(sizes[axis] for axis in field.axes)
-        shape = (1,) * (len(full) - array.ndim) + array.shape
-        fits = len(shape) == len(full)
-        if not fits or any(n not in (1, f) for n, f in zip(shape, full, strict=True)):
-            raise ValueError(
-                f"{field.name}: shape={array.shape} must broadcast to "
-                f"[{', '.join(field.axes)}] = {list(full)}"
-            )
-        checked.append(array.reshape(shape))
-    return jax.tree.unflatten(treedef, checked)
-
-
-_DTYPE_NAMES = {
-    jnp.bool_: "bool; an additive mask is a Bias",
-    jnp.integer: "an integer dtype",
-    jnp.floating: "floating point; a mask is a DenseMask",
-}

@@ -185,6 +185,49 @@ def _not_or(z):
     return ~(pf.Causal() | pf.DenseMask(jnp.asarray(m))), ~(_causal(z)[1] | m)
 
 
+def _documents(n: int, batch: int, *, is_sorted: bool) -> np.ndarray:
+    """Ids [batch, n] of documents of every length, with some padding (-1)."""
+    rng = np.random.default_rng(n)
+    ids = rng.integers(-1, 4, (batch, n))
+    # Padding last, as packed rows have it.
+    return np.sort(ids)[:, ::-1].astype(np.int32) if is_sorted else ids.astype(np.int32)
+
+
+def _segments(is_sorted):
+    def make(z):
+        q, k = (_documents(n, z.batch, is_sorted=is_sorted) for n in (z.q_len, z.kv_len))
+        allowed = (q[:, :, None] == k[:, None, :]) & (q >= 0)[:, :, None]
+        return pf.SegmentIds(jnp.asarray(q), jnp.asarray(k)), allowed[:, None]
+
+    return make
+
+
+def _causal_segments(z):
+    mask, allowed = _segments(True)(z)
+    return pf.Causal() & mask, _causal(z)[1] & allowed
+
+
+def _prefix_lm(z):
+    n, (q, k) = _lengths(z.kv_len, z.batch), positions(z)
+    return pf.PrefixLM(jnp.asarray(n)), (k <= q) | (k < n[:, None, None, None])
+
+
+def _chunked_causal(z):
+    q, k = positions(z)
+    return pf.ChunkedCausal(13), (k <= q) & (k // 13 == q // 13)
+
+
+def _every_nth(q_pos, kv_pos, nth, shift):
+    return (q_pos + kv_pos + shift) % nth == 0
+
+
+def _mask_mod(z):
+    nth = np.arange(2, 2 + z.num_q_heads).reshape(1, -1, 1, 1)
+    shift = np.arange(z.batch * z.q_len).reshape(z.batch, 1, z.q_len, 1)
+    allowed = _every_nth(*positions(z), nth, shift)
+    return pf.MaskMod(_every_nth, jnp.asarray(nth), jnp.asarray(shift)), allowed
+
+
 # name -> sizes -> (mask, the same as a plain boolean array)
 MASKS = {
     "none": lambda z: (None, None),
@@ -198,6 +241,12 @@ MASKS = {
     "dense": _dense_full,
     "dense-keys-and-causal": _dense_keys,
     "not-causal-or-dense": _not_or,
+    "segments": _segments(True),
+    "segments-in-any-order": _segments(False),
+    "causal-segments": _causal_segments,
+    "prefix-lm": _prefix_lm,
+    "chunked-causal": _chunked_causal,
+    "mask-mod": _mask_mod,
 }
 
 

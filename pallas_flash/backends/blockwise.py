@@ -63,7 +63,8 @@ class _Grid(NamedTuple):
     def tile(self, i: Any, j: Any) -> Tile:
         q_start = jnp.minimum(i * self.block_q, self.spec.q_len - self.block_q)
         kv_start = jnp.minimum(j * self.block_kv, self.spec.kv_len - self.block_kv)
-        return Tile(self.spec.batch, q_start, self.block_q, kv_start, self.block_kv)
+        spec, blocks = self.spec, self.blocks
+        return Tile(spec.batch, q_start, blocks.block_q, kv_start, blocks.block_kv, spec.q_len)
 
     def bounds(self, make_schedule) -> tuple[Any, Any]:
         """First and last block that any row or head of the batch has to visit, per tile."""

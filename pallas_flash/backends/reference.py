@@ -35,7 +35,7 @@ def _per_q_head(x: jax.Array, spec: AttentionSpec) -> jax.Array:
 
 def _prepare(spec: AttentionSpec, operands: Operands):
     """q, k, v per query head with unused rows zeroed, where they may attend, the logits' rule."""
-    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len)
+    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len, spec.q_len)
     mask = map_operands(whole.align, operands.mask)
     score_mod = map_operands(whole.align, operands.score_mod)
     q, k, v = (_per_q_head(x, spec) for x in (operands.q, operands.k, operands.v))
@@ -82,7 +82,7 @@ def backward(spec: AttentionSpec, config: ReferenceConfig, operands: Operands, l
         x = x.reshape(spec.batch, spec.num_kv_heads, spec.group, *x.shape[2:]).sum(2)
         return x.transpose(0, 2, 1, 3).astype(spec.dtype)
 
-    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len)
+    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len, spec.q_len)
     own, axes = floating(operands.score_mod)[0], floating_axes(operands.score_mod)
     d_score_mod = [
         whole.add(jnp.zeros(x.shape, d.dtype), a, d).astype(x.dtype)
