@@ -10,11 +10,17 @@ from pallas_flash import dispatch
 from pallas_flash.autodiff import Plan, attend, axes_of
 from pallas_flash.masks import Causal, DenseMask, KvLengths, Mask, QLengths, SlidingWindow
 from pallas_flash.parallel import align
-from pallas_flash.scores import Bias, Chain, ScoreMod
-from pallas_flash.spec import AttentionSpec, make_operands
+from pallas_flash.scores import Bias, Chain, ScoreMod, Sink
+from pallas_flash.spec import AttentionSpec, Operands, make_request
 
-# One compilation for every plan and shape, also where the caller does not jit.
-_attend = jax.jit(attend, static_argnums=0)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(plan: Plan, operands: Operands, sinks: tuple[Sink, ...]) -> tuple[jax.Array, jax.Array]:
+    """out and lse. One compilation for every plan and shape, also where the caller does not jit."""
+    out, lse = attend(plan, operands)
+    for sink in sinks:
+        out, lse = sink.join(out, lse)
+    return out, lse
 
 
 def flash_attention_with_lse(
@@ -35,9 +41,11 @@ def flash_attention_with_lse(
     Returns:
       out: [B, Tq, Hq, Dv], q's dtype.
       lse: [B, Hq, Tq] float32 (float64 for float64 inputs), natural log of the softmax
-        denominator ``sum_j exp(s_ij)``; -inf for a row that may attend to nothing.
+        denominator ``sum_j exp(s_ij)``, a `Sink` included; -inf for a row that may attend to
+        nothing (and has no sink).
     """
-    operands, scale, has_batch = make_operands(q, k, v, mask=mask, score_mod=score_mod, scale=scale)
+    request = make_request(q, k, v, mask=mask, score_mod=score_mod, scale=scale)
+    operands, scale, sinks, has_batch = request
     spec = AttentionSpec.of(operands, scale)
     if config is not None and backend is None:
         raise ValueError(f"config={config} needs the name of the backend it is for, got {backend=}")
@@ -51,7 +59,7 @@ def flash_attention_with_lse(
         dispatch.warn_of_fallback(spec)
     leaves, tree = jax.tree.flatten(operands)
     operands = jax.tree.unflatten(tree, align(leaves, axes_of(operands)))
-    out, lse = _attend(Plan(scale, backend, config), operands)
+    out, lse = _attend(Plan(scale, backend, config), operands, sinks)
     return (out, lse) if has_batch else (out[0], lse[0])
 
 
@@ -111,7 +119,7 @@ def explain_backends(
     The first name without a reason is the one that ``backend=None`` uses. Takes the arguments of
     `flash_attention`; nothing is computed.
     """
-    operands, scale, _ = make_operands(q, k, v, mask=mask, score_mod=score_mod, scale=None)
+    operands, scale, *_ = make_request(q, k, v, mask=mask, score_mod=score_mod, scale=None)
     return dispatch.explain_backends(AttentionSpec.of(operands, scale))
 
 

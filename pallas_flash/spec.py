@@ -5,7 +5,7 @@ import functools
 import itertools
 import math
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import jaxprs_in_params
 
 from pallas_flash.masks import Mask
-from pallas_flash.scores import ScoreMod
+from pallas_flash.scores import ScoreMod, Sink, split_sinks
 from pallas_flash.terms import Tile, canonical, map_operands
 
 
@@ -22,7 +22,8 @@ from pallas_flash.terms import Tile, canonical, map_operands
 class Operands:
     """The arrays of a request.
 
-    q: [B, Tq, Hq, D]; k: [B, Tkv, Hkv, D]; v: [B, Tkv, Hkv, Dv]; mask, score_mod: terms or None.
+    q: [B, Tq, Hq, D]; k: [B, Tkv, Hkv, D]; v: [B, Tkv, Hkv, Dv]; mask, score_mod: bound terms or
+    None.
     """
 
     q: Any
@@ -85,8 +86,21 @@ class AttentionSpec:
         return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
 
 
-def make_operands(q, k, v, *, mask, score_mod, scale) -> tuple[Operands, float, bool]:
-    """Checked operands in batch form, the scale, and whether the user gave a batch dimension.
+class Request(NamedTuple):
+    """What a user asks for, checked.
+
+    scale: of the scores; sinks: what joins the softmax outside of the backends; has_batch: whether
+    the user gave a batch dimension (the operands always have one).
+    """
+
+    operands: Operands
+    scale: float
+    sinks: tuple[Sink, ...]
+    has_batch: bool
+
+
+def make_request(q, k, v, *, mask, score_mod, scale) -> Request:
+    """The request of a call.
 
     Raises:
       TypeError: if mask, score_mod or scale is not of the documented kind.
@@ -107,12 +121,15 @@ def make_operands(q, k, v, *, mask, score_mod, scale) -> tuple[Operands, float, 
             f"got {_kind(score_mod)}; join several with Chain((first, second))"
         )
     sizes = {"batch": q.shape[0], "heads": q.shape[2], "q": q.shape[1], "kv": k.shape[1]}
+    sizes["distance"] = sizes["q"] + sizes["kv"] - 1
     if mask is not None:
         mask = canonical(mask.bind(sizes["q"], sizes["kv"]), sizes)
-    score_mod = canonical(score_mod, sizes)
+    score_mod, sinks = split_sinks(score_mod)
+    if score_mod is not None:
+        score_mod = canonical(score_mod.bind(sizes["q"], sizes["kv"]), sizes)
     operands = Operands(q, k, v, mask, score_mod)
     _check_functions(AttentionSpec.of(operands, scale))
-    return operands, scale, has_batch
+    return Request(operands, scale, canonical(sinks, sizes), has_batch)
 
 
 @functools.lru_cache(1024)

@@ -120,7 +120,7 @@ def test_wrong_kinds_of_argument():
         pf.flash_attention(Q, K, V, mask=jnp.ones((8, 6), bool))
     with pytest.raises(TypeError, match="score_mod must be a ScoreMod .* got function"):
         pf.flash_attention(Q, K, V, score_mod=lambda s: s)
-    with pytest.raises(TypeError, match="expected a mask or a score mod, got float"):
+    with pytest.raises(TypeError, match="every part of a Chain must be a ScoreMod, got 2.0"):
         pf.flash_attention(Q, K, V, score_mod=pf.Chain((pf.Softcap(1.0), 2.0)))
     with pytest.raises(ValueError, match="cap=0.0 must be positive and finite"):
         pf.Softcap(0.0)
