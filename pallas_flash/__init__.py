@@ -6,6 +6,7 @@ from pallas_flash.api import (
     flash_attention,
     flash_attention_with_lse,
 )
+from pallas_flash.dropout import Dropout
 from pallas_flash.masks import (
     Causal,
     ChunkedCausal,
@@ -40,6 +41,7 @@ __all__ = [
     "ChunkedCausal",
     "DenseMask",
     "DistanceBias",
+    "Dropout",
     "KvLengths",
     "Mask",
     "MaskMod",

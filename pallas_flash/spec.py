@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxprs_in_params
 
+from pallas_flash.dropout import Dropout, KeepBits
 from pallas_flash.masks import Mask
 from pallas_flash.scores import ScoreMod, Sink, split_sinks
 from pallas_flash.terms import Tile, canonical, map_operands
@@ -22,8 +23,8 @@ from pallas_flash.terms import Tile, canonical, map_operands
 class Operands:
     """The arrays of a request.
 
-    q: [B, Tq, Hq, D]; k: [B, Tkv, Hkv, D]; v: [B, Tkv, Hkv, Dv]; mask, score_mod: bound terms or
-    None.
+    q: [B, Tq, Hq, D]; k: [B, Tkv, Hkv, D]; v: [B, Tkv, Hkv, Dv]; mask, score_mod, dropout: bound
+    terms or None.
     """
 
     q: Any
@@ -31,13 +32,14 @@ class Operands:
     v: Any
     mask: Mask | None = None
     score_mod: ScoreMod | None = None
+    dropout: KeepBits | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What is static in a request: sizes, dtype, scale and the structure of mask and score mod.
+    """What is static in a request: sizes, dtype, scale and the structure of its terms.
 
-    `mask` and `score_mod` hold ``jax.ShapeDtypeStruct`` in place of arrays.
+    `mask`, `score_mod` and `dropout` hold ``jax.ShapeDtypeStruct`` in place of arrays.
     """
 
     batch: int
@@ -51,6 +53,7 @@ class AttentionSpec:
     scale: float
     mask: Mask | None
     score_mod: ScoreMod | None
+    dropout: KeepBits | None
 
     @classmethod
     def of(cls, operands: Operands, scale: float) -> "AttentionSpec":
@@ -73,6 +76,7 @@ class AttentionSpec:
             scale=scale,
             mask=describe(operands.mask),
             score_mod=describe(operands.score_mod),
+            dropout=describe(operands.dropout),
         )
 
     @property
@@ -99,11 +103,11 @@ class Request(NamedTuple):
     has_batch: bool
 
 
-def make_request(q, k, v, *, mask, score_mod, scale) -> Request:
+def make_request(q, k, v, *, mask, score_mod, scale, dropout=None) -> Request:
     """The request of a call.
 
     Raises:
-      TypeError: if mask, score_mod or scale is not of the documented kind.
+      TypeError: if mask, score_mod, dropout or scale is not of the documented kind.
       ValueError: if a shape, dtype, head count or scale breaks its rule; the message has both.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -120,6 +124,8 @@ def make_request(q, k, v, *, mask, score_mod, scale) -> Request:
             f"score_mod must be a ScoreMod such as Softcap(50.0) or Bias(array), "
             f"got {_kind(score_mod)}; join several with Chain((first, second))"
         )
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout must be Dropout(rate, key) or None, got {_kind(dropout)}")
     sizes = {"batch": q.shape[0], "heads": q.shape[2], "q": q.shape[1], "kv": k.shape[1]}
     sizes["distance"] = sizes["q"] + sizes["kv"] - 1
     if mask is not None:
@@ -127,7 +133,8 @@ def make_request(q, k, v, *, mask, score_mod, scale) -> Request:
     score_mod, sinks = split_sinks(score_mod)
     if score_mod is not None:
         score_mod = canonical(score_mod.bind(sizes["q"], sizes["kv"]), sizes)
-    operands = Operands(q, k, v, mask, score_mod)
+    keep_bits = None if dropout is None else dropout.bind(sizes["batch"], sizes["heads"])
+    operands = Operands(q, k, v, mask, score_mod, keep_bits)
     _check_functions(AttentionSpec.of(operands, scale))
     return Request(operands, scale, canonical(sinks, sizes), has_batch)
 
