@@ -94,6 +94,13 @@ def grid_order(item: Group) -> tuple[Any, ...]:
     return case.head_dim, not case.causal, case.q_len
 
 
+def chip_rates(grid: dict) -> str:
+    """What the chip itself did in the same run, as far as it was measured."""
+    product = grid["matmul_tflops"]
+    text = f"An 8192^3 bf16 matrix product ran at {product:.0f} TFLOP/s. " if product else ""
+    return f"{text}Memory was read and written at {grid['copy_gb_s']:.0f} GB/s. "
+
+
 def device_part(folder: pathlib.Path) -> str:
     """One device's words and tables."""
     grid = record.load(folder / "grid.json")
@@ -101,8 +108,7 @@ def device_part(folder: pathlib.Path) -> str:
     commits = sorted({(row["commit"] or "unknown")[:10] for _, g in groups for row in g.values()})
     text = [
         f"One {grid['device']}, JAX {grid['jax']}, {grid['date']}, commit {', '.join(commits)}. "
-        f"An 8192^3 bf16 matrix product ran at {grid['matmul_tflops']:.0f} TFLOP/s, reading and "
-        f"writing at {grid['copy_gb_s']:.0f} GB/s. bf16, 16384 tokens x 2048 channels, GPU kernel "
+        f"{chip_rates(grid)}bf16, 16384 tokens x 2048 channels, GPU kernel "
         "time by CUPTI, median; every kernel of a call counts. Each cell: ours : best peer in "
         "TFLOP/s, and their ratio.",
         summary(groups),
@@ -175,7 +181,10 @@ def plot(folder: pathlib.Path) -> None:
                         label=label,
                         linewidth=width,
                     )
-            ax.axhline(grid["matmul_tflops"], color="gray", linestyle=":", label="matrix product")
+            if grid["matmul_tflops"]:
+                ax.axhline(
+                    grid["matmul_tflops"], color="gray", linestyle=":", label="matrix product"
+                )
             ax.set_xscale("log", base=2)
             ax.set_xticks(lengths := sorted({case.q_len for case, _ in here}), map(str, lengths))
             ax.set_ylim(bottom=0)

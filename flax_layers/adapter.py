@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash import Bias, Causal, Chain, DenseMask, Mask, flash_attention
-from pallas_flash.spec import make_operands
+from pallas_flash.spec import make_request
 from pallas_flash.terms import Tile, map_operands
 
 
@@ -157,8 +157,8 @@ def _dense_rows(mask, scores_shape, q_start=0, q_size=None) -> jax.Array:
     rows = math.prod(batch)
     # Arrays of the right sizes and of no content: the core checks and binds the mask with them.
     q, kv = jnp.zeros((rows, q_len, num_q_heads, 1)), jnp.zeros((rows, kv_len, 1, 1))
-    operands, *_ = make_operands(q, kv, kv, mask=mask, score_mod=None, scale=None)
-    tile = Tile(rows, q_start, q_len if q_size is None else q_size, 0, kv_len)
+    operands, *_ = make_request(q, kv, kv, mask=mask, score_mod=None, scale=None)
+    tile = Tile(rows, q_start, q_len if q_size is None else q_size, 0, kv_len, q_len)
     assert operands.mask is not None
     allowed = map_operands(tile.align, operands.mask).allowed(*tile.positions())
     allowed = allowed.reshape((1,) * (4 - allowed.ndim) + allowed.shape)

@@ -6,22 +6,58 @@ from pallas_flash.api import (
     flash_attention,
     flash_attention_with_lse,
 )
-from pallas_flash.masks import Causal, DenseMask, KvLengths, Mask, QLengths, SlidingWindow
-from pallas_flash.scores import Bias, Chain, ScoreMod, Softcap
+from pallas_flash.dropout import Dropout
+from pallas_flash.masks import (
+    Causal,
+    ChunkedCausal,
+    DenseMask,
+    KvLengths,
+    Mask,
+    MaskMod,
+    PrefixLM,
+    QLengths,
+    SegmentIds,
+    SlidingWindow,
+    segment_ids_from_cu_seqlens,
+)
+from pallas_flash.scores import (
+    Alibi,
+    Bias,
+    Chain,
+    DistanceBias,
+    RelativeBias,
+    ScoreFunction,
+    ScoreMod,
+    Sink,
+    Softcap,
+    alibi_slopes,
+)
 
 __all__ = [
+    "Alibi",
     "Bias",
     "Causal",
     "Chain",
+    "ChunkedCausal",
     "DenseMask",
+    "DistanceBias",
+    "Dropout",
     "KvLengths",
     "Mask",
+    "MaskMod",
+    "PrefixLM",
     "QLengths",
+    "RelativeBias",
+    "ScoreFunction",
     "ScoreMod",
+    "SegmentIds",
+    "Sink",
     "SlidingWindow",
     "Softcap",
+    "alibi_slopes",
     "dot_product_attention",
     "explain_backends",
     "flash_attention",
     "flash_attention_with_lse",
+    "segment_ids_from_cu_seqlens",
 ]

@@ -8,13 +8,20 @@ import jax.numpy as jnp
 
 from pallas_flash import dispatch
 from pallas_flash.autodiff import Plan, attend, axes_of
+from pallas_flash.dropout import Dropout
 from pallas_flash.masks import Causal, DenseMask, KvLengths, Mask, QLengths, SlidingWindow
 from pallas_flash.parallel import align
-from pallas_flash.scores import Bias, Chain, ScoreMod
-from pallas_flash.spec import AttentionSpec, make_operands
+from pallas_flash.scores import Bias, Chain, ScoreMod, Sink
+from pallas_flash.spec import AttentionSpec, Operands, make_request
 
-# One compilation for every plan and shape, also where the caller does not jit.
-_attend = jax.jit(attend, static_argnums=0)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attend(plan: Plan, operands: Operands, sinks: tuple[Sink, ...]) -> tuple[jax.Array, jax.Array]:
+    """out and lse. One compilation for every plan and shape, also where the caller does not jit."""
+    out, lse = attend(plan, operands)
+    for sink in sinks:
+        out, lse = sink.join(out, lse)
+    return out, lse
 
 
 def flash_attention_with_lse(
@@ -25,6 +32,7 @@ def flash_attention_with_lse(
     mask: Mask | None = None,
     score_mod: ScoreMod | None = None,
     scale: float | None = None,
+    dropout: Dropout | None = None,
     backend: str | None = None,
     config: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -35,9 +43,11 @@ def flash_attention_with_lse(
     Returns:
       out: [B, Tq, Hq, Dv], q's dtype.
       lse: [B, Hq, Tq] float32 (float64 for float64 inputs), natural log of the softmax
-        denominator ``sum_j exp(s_ij)``; -inf for a row that may attend to nothing.
+        denominator ``sum_j exp(s_ij)``, a `Sink` included; -inf for a row that may attend to
+        nothing (and has no sink).
     """
-    operands, scale, has_batch = make_operands(q, k, v, mask=mask, score_mod=score_mod, scale=scale)
+    request = make_request(q, k, v, mask=mask, score_mod=score_mod, scale=scale, dropout=dropout)
+    operands, scale, sinks, has_batch = request
     spec = AttentionSpec.of(operands, scale)
     if config is not None and backend is None:
         raise ValueError(f"config={config} needs the name of the backend it is for, got {backend=}")
@@ -51,7 +61,7 @@ def flash_attention_with_lse(
         dispatch.warn_of_fallback(spec)
     leaves, tree = jax.tree.flatten(operands)
     operands = jax.tree.unflatten(tree, align(leaves, axes_of(operands)))
-    out, lse = _attend(Plan(scale, backend, config), operands)
+    out, lse = _attend(Plan(scale, backend, config), operands, sinks)
     return (out, lse) if has_batch else (out[0], lse[0])
 
 
@@ -63,14 +73,15 @@ def flash_attention(
     mask: Mask | None = None,
     score_mod: ScoreMod | None = None,
     scale: float | None = None,
+    dropout: Dropout | None = None,
     backend: str | None = None,
     config: Any = None,
 ) -> jax.Array:
     """Exact softmax attention, computed tile by tile in linear memory.
 
     ``out = softmax(mask(score_mod(scale * q @ k.T))) @ v`` for each batch row and head. The order
-    is always: scale, score mods from left to right, mask, softmax. A row that may attend to
-    nothing gives zeros, and zero gradients.
+    is always: scale, score mods from left to right, mask, softmax (with sinks), dropout. A row
+    that may attend to nothing gives zeros, and zero gradients.
 
     Args:
       q: [B, Tq, Hq, D] or [Tq, Hq, D]; bfloat16, float16, float32 or float64.
@@ -82,6 +93,7 @@ def flash_attention(
       score_mod: elementwise change of the scaled scores, e.g. ``Softcap(50.0)``, or None. Arrays
         that it holds get their gradients.
       scale: factor of the scores; None means ``D ** -0.5``.
+      dropout: of the probabilities, ``Dropout(rate, key)``, or None.
       backend: None for the fastest that serves the request on the device at hand, or a name from
         `explain_backends`, which then never falls back.
       config: the named backend's tile sizes, or None for its default. It changes speed, never
@@ -91,7 +103,7 @@ def flash_attention(
       out: [B, Tq, Hq, Dv] or [Tq, Hq, Dv], q's dtype.
 
     Raises:
-      TypeError: if mask, score_mod, scale or config is not of its documented kind.
+      TypeError: if mask, score_mod, scale, dropout or config is not of its documented kind.
       ValueError: if shapes, dtypes or head counts break their rules, the backend is unknown,
         cannot serve the request, or its device is missing. The message has the value and the rule.
 
@@ -99,19 +111,35 @@ def flash_attention(
     attention (Ainslie et al. 2023, arXiv:2305.13245).
     """
     return flash_attention_with_lse(
-        q, k, v, mask=mask, score_mod=score_mod, scale=scale, backend=backend, config=config
+        q,
+        k,
+        v,
+        mask=mask,
+        score_mod=score_mod,
+        scale=scale,
+        dropout=dropout,
+        backend=backend,
+        config=config,
     )[0]
 
 
 def explain_backends(
-    q: Any, k: Any, v: Any, *, mask: Mask | None = None, score_mod: ScoreMod | None = None
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    mask: Mask | None = None,
+    score_mod: ScoreMod | None = None,
+    dropout: Dropout | None = None,
 ) -> dict[str, str | None]:
     """For every backend the reason why it does not serve such a call on this machine, or None.
 
     The first name without a reason is the one that ``backend=None`` uses. Takes the arguments of
     `flash_attention`; nothing is computed.
     """
-    operands, scale, _ = make_operands(q, k, v, mask=mask, score_mod=score_mod, scale=None)
+    operands, scale, *_ = make_request(
+        q, k, v, mask=mask, score_mod=score_mod, scale=None, dropout=dropout
+    )
     return dispatch.explain_backends(AttentionSpec.of(operands, scale))
 
 
@@ -130,6 +158,7 @@ def dot_product_attention(
     implementation: Literal["xla", "cudnn"] | None = None,
     return_residual: bool = False,
     score_mod: ScoreMod | None = None,
+    dropout: Dropout | None = None,
     backend: str | None = None,
     config: Any = None,
 ) -> Any:
@@ -150,6 +179,7 @@ def dot_product_attention(
         (``backend="blockwise"``); "cudnn" hands the call to ``jax.nn`` as it is.
       return_residual: also return the log-sum-exp of the scores, [B, T, N] in key's dtype.
       score_mod: applied after scale and before bias.
+      dropout: of the probabilities, `Dropout(rate, key)`.
       backend, config: as for `flash_attention`.
 
     Returns:
@@ -169,7 +199,12 @@ def dot_product_attention(
             raise ValueError(f"implementation='xla' is backend='blockwise', got {backend=}")
         backend = "blockwise"
     if implementation == "cudnn":
-        ours = {"score_mod": score_mod, "backend": backend, "config": config}
+        ours = {
+            "score_mod": score_mod,
+            "dropout": dropout,
+            "backend": backend,
+            "config": config,
+        }
         given = [name for name, x in ours.items() if x is not None]
         if given or isinstance(mask, Mask):
             raise ValueError(
@@ -214,6 +249,7 @@ def dot_product_attention(
         mask=functools.reduce(lambda a, b: a & b, masks) if masks else None,
         score_mod=Chain(tuple(mods)) if mods else None,
         scale=scale,
+        dropout=dropout,
         backend=backend,
         config=config,
     )

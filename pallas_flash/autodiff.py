@@ -34,8 +34,8 @@ class Plan(NamedTuple):
 
 def axes_of(operands: Operands) -> list[Axes]:
     """Named axes of the operands' arrays, in the order of ``jax.tree.leaves``."""
-    terms = leaf_axes(operands.mask) + leaf_axes(operands.score_mod)
-    return [Q_AXES, K_AXES, V_AXES, *terms]
+    terms = (operands.mask, operands.score_mod, operands.dropout)
+    return [Q_AXES, K_AXES, V_AXES, *(axes for term in terms for axes in leaf_axes(term))]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -79,8 +79,9 @@ def _backward(plan: Plan, residuals, cotangents):
 
     axes_in = [*axes_of(operands), LSE_AXES, LSE_AXES, OUT_AXES]
     axes_out = [Q_AXES, K_AXES, V_AXES, *floating_axes(operands.score_mod)]
-    # Of the terms only the masks: a score mod's array needs a gradient for every mapped call.
-    shared = range(3, 3 + len(leaf_axes(operands.mask)))
+    # Of the terms not the score mod: its arrays need a gradient for every mapped call.
+    num_mask, num_mod = len(leaf_axes(operands.mask)), len(leaf_axes(operands.score_mod))
+    shared = {*range(3, 3 + num_mask), *range(3 + num_mask + num_mod, len(leaves))}
     run = distributed(local, axes_in, axes_out, shared=shared)
     dq, dk, dv, *d_score_mod = run(*leaves, lse, delta, dout)
     return (Operands(dq, dk, dv, None, _cotangent(operands.score_mod, d_score_mod)),)

@@ -1,16 +1,21 @@
 """AttentionSpec and Operands: one request for attention, and the only check of user input."""
 
 import dataclasses
+import functools
+import itertools
 import math
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
+from pallas_flash.dropout import Dropout, KeepBits
 from pallas_flash.masks import Mask
-from pallas_flash.scores import ScoreMod
-from pallas_flash.terms import leaf_fields
+from pallas_flash.scores import ScoreMod, Sink, split_sinks
+from pallas_flash.terms import Tile, canonical, map_operands
 
 
 @jax.tree_util.register_dataclass
@@ -18,7 +23,8 @@ from pallas_flash.terms import leaf_fields
 class Operands:
     """The arrays of a request.
 
-    q: [B, Tq, Hq, D]; k: [B, Tkv, Hkv, D]; v: [B, Tkv, Hkv, Dv]; mask, score_mod: terms or None.
+    q: [B, Tq, Hq, D]; k: [B, Tkv, Hkv, D]; v: [B, Tkv, Hkv, Dv]; mask, score_mod, dropout: bound
+    terms or None.
     """
 
     q: Any
@@ -26,13 +32,14 @@ class Operands:
     v: Any
     mask: Mask | None = None
     score_mod: ScoreMod | None = None
+    dropout: KeepBits | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSpec:
-    """What is static in a request: sizes, dtype, scale and the structure of mask and score mod.
+    """What is static in a request: sizes, dtype, scale and the structure of its terms.
 
-    `mask` and `score_mod` hold ``jax.ShapeDtypeStruct`` in place of arrays.
+    `mask`, `score_mod` and `dropout` hold ``jax.ShapeDtypeStruct`` in place of arrays.
     """
 
     batch: int
@@ -46,6 +53,7 @@ class AttentionSpec:
     scale: float
     mask: Mask | None
     score_mod: ScoreMod | None
+    dropout: KeepBits | None
 
     @classmethod
     def of(cls, operands: Operands, scale: float) -> "AttentionSpec":
@@ -68,6 +76,7 @@ class AttentionSpec:
             scale=scale,
             mask=describe(operands.mask),
             score_mod=describe(operands.score_mod),
+            dropout=describe(operands.dropout),
         )
 
     @property
@@ -81,11 +90,24 @@ class AttentionSpec:
         return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
 
 
-def make_operands(q, k, v, *, mask, score_mod, scale) -> tuple[Operands, float, bool]:
-    """Checked operands in batch form, the scale, and whether the user gave a batch dimension.
+class Request(NamedTuple):
+    """What a user asks for, checked.
+
+    scale: of the scores; sinks: what joins the softmax outside of the backends; has_batch: whether
+    the user gave a batch dimension (the operands always have one).
+    """
+
+    operands: Operands
+    scale: float
+    sinks: tuple[Sink, ...]
+    has_batch: bool
+
+
+def make_request(q, k, v, *, mask, score_mod, scale, dropout=None) -> Request:
+    """The request of a call.
 
     Raises:
-      TypeError: if mask, score_mod or scale is not of the documented kind.
+      TypeError: if mask, score_mod, dropout or scale is not of the documented kind.
       ValueError: if a shape, dtype, head count or scale breaks its rule; the message has both.
     """
     q, k, v = (jnp.asarray(x) for x in (q, k, v))
@@ -102,11 +124,86 @@ def make_operands(q, k, v, *, mask, score_mod, scale) -> tuple[Operands, float, 
             f"score_mod must be a ScoreMod such as Softcap(50.0) or Bias(array), "
             f"got {_kind(score_mod)}; join several with Chain((first, second))"
         )
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout must be Dropout(rate, key) or None, got {_kind(dropout)}")
     sizes = {"batch": q.shape[0], "heads": q.shape[2], "q": q.shape[1], "kv": k.shape[1]}
+    sizes["distance"] = sizes["q"] + sizes["kv"] - 1
     if mask is not None:
-        mask = _canonical(mask.bind(sizes["q"], sizes["kv"]), sizes)
-    score_mod = _canonical(score_mod, sizes)
-    return Operands(q, k, v, mask, score_mod), scale, has_batch
+        mask = canonical(mask.bind(sizes["q"], sizes["kv"]), sizes)
+    score_mod, sinks = split_sinks(score_mod)
+    if score_mod is not None:
+        score_mod = canonical(score_mod.bind(sizes["q"], sizes["kv"]), sizes)
+    keep_bits = None if dropout is None else dropout.bind(sizes["batch"], sizes["heads"])
+    operands = Operands(q, k, v, mask, score_mod, keep_bits)
+    _check_functions(AttentionSpec.of(operands, scale))
+    return Request(operands, scale, canonical(sinks, sizes), has_batch)
+
+
+@functools.lru_cache(1024)
+def _check_functions(spec: AttentionSpec) -> None:
+    """Raises if the mask's or the score mod's function is not what a tile may be given to.
+
+    It must be elementwise, give a bool or a score for every element, and read its arrays from the
+    term's operands: a captured array would be read whole by every tile, and have no gradient.
+    """
+    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len, spec.q_len)
+    s = jax.ShapeDtypeStruct(
+        (spec.batch, spec.num_q_heads, spec.q_len, spec.kv_len), spec.state_dtype
+    )
+
+    def align(x, axes):
+        x = whole.align(x, axes)
+        return x.astype(spec.state_dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def check(term, is_mask: bool) -> None:
+        aligned = jax.eval_shape(lambda x: map_operands(align, x), term)
+
+        def function(s, term):
+            if is_mask:
+                return term.allowed(*whole.positions())
+            return term.apply(s, *whole.positions())
+
+        name = type(term).__name__
+        program, result = jax.make_jaxpr(function, return_shape=True)(s, aligned)
+        for array in program.consts:
+            if np.ndim(array) or isinstance(array, jax.core.Tracer):
+                raise TypeError(
+                    f"the function of {name} captures an array of shape {np.shape(array)}: hand "
+                    "it over as an argument, e.g. MaskMod(fn, array) or ScoreFunction(fn, array)"
+                )
+        if mixing := _mixing(program.jaxpr):
+            raise TypeError(
+                f"the function of {name} must be elementwise, but it uses {', '.join(mixing)}"
+            )
+        want = jnp.bool_ if is_mask else s.dtype
+        shape, dtype = getattr(result, "shape", ()), getattr(result, "dtype", type(result))
+        if dtype != want:
+            raise TypeError(f"the function of {name} must return {np.dtype(want)}, got {dtype}")
+        full = (1,) * (4 - len(shape)) + shape
+        if any(n not in (1, m) for n, m in itertools.zip_longest(full, s.shape)):
+            raise ValueError(
+                f"the function of {name} must return one number for each score, of a shape that "
+                f"broadcasts to {s.shape}, got {shape}"
+            )
+
+    if spec.mask is not None:
+        check(spec.mask, True)
+    if spec.score_mod is not None:
+        check(spec.score_mod, False)
+
+
+# What makes a result depend on other elements of a tile than its own.
+_MIXING = re.compile(
+    "reduce_(?!precision)|cum|arg(max|min)|sort|gather|scatter|dynamic|dot_general|conv_|rev$"
+)
+
+
+def _mixing(program: Any) -> list[str]:
+    """The names of a program's operations that are not elementwise."""
+    found = [e.primitive.name for e in program.eqns if _MIXING.match(e.primitive.name)]
+    for inner in (j for e in program.eqns for j in jaxprs_in_params(e.params)):
+        found += _mixing(inner)
+    return sorted(set(found))
 
 
 def _kind(x: Any) -> str:
@@ -157,32 +254,3 @@ def _check_scale(scale, head_dim: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale={scale} must be finite")
     return scale
-
-
-def _canonical(tree, sizes: dict[str, int]):
-    """The term with every array at its full rank, shapes and dtypes checked against the rule."""
-    leaves, treedef = jax.tree.flatten(tree)
-    checked = []
-    for array, field in zip(leaves, leaf_fields(tree), strict=True):
-        array = jnp.asarray(array)
-        if not jnp.issubdtype(array.dtype, field.dtype):
-            raise ValueError(
-                f"{field.name}: dtype={array.dtype} must be {_DTYPE_NAMES[field.dtype]}"
-            )
-        full = tuple(sizes[axis] for axis in field.axes)
-        shape = (1,) * (len(full) - array.ndim) + array.shape
-        fits = len(shape) == len(full)
-        if not fits or any(n not in (1, f) for n, f in zip(shape, full, strict=True)):
-            raise ValueError(
-                f"{field.name}: shape={array.shape} must broadcast to "
-                f"[{', '.join(field.axes)}] = {list(full)}"
-            )
-        checked.append(array.reshape(shape))
-    return jax.tree.unflatten(treedef, checked)
-
-
-_DTYPE_NAMES = {
-    jnp.bool_: "bool; an additive mask is a Bias",
-    jnp.integer: "an integer dtype",
-    jnp.floating: "floating point; a mask is a DenseMask",
-}

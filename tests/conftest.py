@@ -182,6 +182,49 @@ def _not_or(z):
     return ~(pf.Causal() | pf.DenseMask(jnp.asarray(m))), ~(_causal(z)[1] | m)
 
 
+def _documents(n: int, batch: int, *, is_sorted: bool) -> np.ndarray:
+    """Ids [batch, n] of documents of every length, with some padding (-1)."""
+    rng = np.random.default_rng(n)
+    ids = rng.integers(-1, 4, (batch, n))
+    # Padding last, as packed rows have it.
+    return np.sort(ids)[:, ::-1].astype(np.int32) if is_sorted else ids.astype(np.int32)
+
+
+def _segments(is_sorted):
+    def make(z):
+        q, k = (_documents(n, z.batch, is_sorted=is_sorted) for n in (z.q_len, z.kv_len))
+        allowed = (q[:, :, None] == k[:, None, :]) & (q >= 0)[:, :, None]
+        return pf.SegmentIds(jnp.asarray(q), jnp.asarray(k)), allowed[:, None]
+
+    return make
+
+
+def _causal_segments(z):
+    mask, allowed = _segments(True)(z)
+    return pf.Causal() & mask, _causal(z)[1] & allowed
+
+
+def _prefix_lm(z):
+    n, (q, k) = _lengths(z.kv_len, z.batch), positions(z)
+    return pf.PrefixLM(jnp.asarray(n)), (k <= q) | (k < n[:, None, None, None])
+
+
+def _chunked_causal(z):
+    q, k = positions(z)
+    return pf.ChunkedCausal(13), (k <= q) & (k // 13 == q // 13)
+
+
+def _every_nth(q_pos, kv_pos, nth, shift):
+    return (q_pos + kv_pos + shift) % nth == 0
+
+
+def _mask_mod(z):
+    nth = np.arange(2, 2 + z.num_q_heads).reshape(1, -1, 1, 1)
+    shift = np.arange(z.batch * z.q_len).reshape(z.batch, 1, z.q_len, 1)
+    allowed = _every_nth(*positions(z), nth, shift)
+    return pf.MaskMod(_every_nth, jnp.asarray(nth), jnp.asarray(shift)), allowed
+
+
 # name -> sizes -> (mask, the same as a plain boolean array)
 MASKS = {
     "none": lambda z: (None, None),
@@ -195,15 +238,25 @@ MASKS = {
     "dense": _dense_full,
     "dense-keys-and-causal": _dense_keys,
     "not-causal-or-dense": _not_or,
+    "segments": _segments(True),
+    "segments-in-any-order": _segments(False),
+    "causal-segments": _causal_segments,
+    "prefix-lm": _prefix_lm,
+    "chunked-causal": _chunked_causal,
+    "mask-mod": _mask_mod,
 }
 
 
 class Score(NamedTuple):
-    """A score mod to test: its array, how to make it and what it must do."""
+    """A score mod to test: its array, how to make it and what it must do.
+
+    sink: array -> the logits [Hq] or [B, Hq] of a sink.
+    """
 
     array: jax.Array
     make: object
     change: object
+    sink: object = None
 
 
 def _bias(*axes):
@@ -224,6 +277,65 @@ def _softcap_bias(z):
     )
 
 
+def _alibi(z):
+    q, k = positions(z)
+    return Score(
+        jnp.asarray(pf.alibi_slopes(z.num_q_heads)),
+        lambda a: pf.Alibi(a, "bottom_right"),
+        lambda s, a: s - a[:, None, None] * np.abs(q + z.kv_len - z.q_len - k),
+    )
+
+
+def _relative_bias(bidirectional):
+    def make(z):
+        distance = np.subtract(*positions(z)[::-1])
+        buckets = t5_buckets(distance, 12, bidirectional)
+        return Score(
+            normal(4, z.num_q_heads, 12),
+            lambda a: pf.RelativeBias(a, bidirectional=bidirectional, max_distance=40),
+            lambda s, a: s + a[:, buckets],
+        )
+
+    return make
+
+
+def t5_buckets(distance, num_buckets, bidirectional, max_distance=40):
+    """T5's formula for `distance` = key position - query position, in float64."""
+    side = num_buckets // 2 if bidirectional else num_buckets
+    away = np.abs(distance) if bidirectional else np.maximum(-distance, 0)
+    near = side // 2
+    power = np.log(np.maximum(away, 1) / near + 1e-9) / np.log(max_distance / near)
+    far = np.minimum(near + (power * (side - near)).astype(int), side - 1)
+    later = side * (distance > 0) if bidirectional else 0
+    return np.where(away < near, away, far) + later
+
+
+def _bias_then_sinks(z):
+    return Score(
+        normal(4, z.batch, z.num_q_heads),
+        lambda a: pf.Chain((pf.Sink(a), pf.Softcap(2.0), pf.Bias(a[..., None, None]), pf.Sink(a))),
+        lambda s, a: 2.0 * jnp.tanh(s / 2.0) + a[..., None, None],
+        lambda a: a + jnp.log(2.0),
+    )
+
+
+def _gated(s, q_pos, kv_pos, gain, shift, is_gated):
+    """Uses the score three times, and integers beside floats."""
+    gated = jnp.where(s > 0, jax.nn.silu(s), 0.1 * s * s)
+    return jnp.where(is_gated > 0, gated, s) * gain + shift * (q_pos - kv_pos).astype(s.dtype)
+
+
+def _function(z):
+    is_gated = jnp.arange(z.batch).reshape(-1, 1, 1, 1) % 2
+    array = normal(4, z.batch, 1, z.q_len, 1)
+    gain = jnp.linspace(0.5, 1.5, z.num_q_heads).reshape(-1, 1, 1)
+    return Score(
+        array,
+        lambda a: pf.Chain((pf.Softcap(5.0), pf.ScoreFunction(_gated, gain, a * 0.1, is_gated))),
+        lambda s, a: _gated(5.0 * jnp.tanh(s / 5.0), *positions(z), gain, a * 0.1, is_gated),
+    )
+
+
 # name -> sizes -> Score
 SCORE_MODS = {
     "none": lambda z: Score(jnp.zeros(()), lambda a: None, lambda s, a: s),
@@ -234,4 +346,10 @@ SCORE_MODS = {
     "bias-of-heads": _bias(*"h"),
     "bias-of-keys": _bias(*"bk"),
     "softcap-then-bias": _softcap_bias,
+    "alibi": _alibi,
+    "relative-bias": _relative_bias(True),
+    "relative-bias-causal": _relative_bias(False),
+    "function": _function,
+    "sink": lambda z: Score(normal(4, z.num_q_heads), pf.Sink, lambda s, a: s, lambda a: a),
+    "bias-then-sinks": _bias_then_sinks,
 }

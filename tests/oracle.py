@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q, k, v, *, allowed=None, change=None, scale=None):
+def attention(q, k, v, *, allowed=None, change=None, scale=None, sink=None, keep=None):
     """out [B, Tq, Hq, Dv] and lse [B, Hq, Tq], from q, k, v in [B, T, H, D] of any dtype.
 
-    allowed: bool, broadcastable to [B, Hq, Tq, Tkv]; change: scores -> scores, after the scale.
+    allowed: bool, broadcastable to [B, Hq, Tq, Tkv]; change: scores -> scores, after the scale;
+    sink: [Hq] or [B, Hq], one more logit of each row, whose value is 0; keep: [B, Hq, Tq, Tkv],
+    factor of the probabilities.
     """
     q, k, v = (x.astype(jnp.float64) for x in (q, k, v))
     group = q.shape[2] // k.shape[2]
@@ -20,10 +22,16 @@ def attention(q, k, v, *, allowed=None, change=None, scale=None):
     if change is not None:
         s = change(s)
     allowed = jnp.broadcast_to(True if allowed is None else allowed, s.shape)
+    if sink is not None:
+        sink = jnp.broadcast_to(sink[..., None, None], (*s.shape[:3], 1))
+        s, allowed = (jnp.concatenate(pair, -1) for pair in ((s, sink), (allowed, sink == sink)))
+        v = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
     some = allowed.any(-1, keepdims=True)
     s = jnp.where(allowed, s, jnp.where(some, -jnp.inf, 0.0))
     lse = jax.scipy.special.logsumexp(s, axis=-1, keepdims=True)
     p = jnp.where(allowed, jnp.exp(s - lse), 0.0)
+    if keep is not None:
+        p = p * keep
     out = jnp.einsum("bhts,bshd->bthd", p, v)
     return out, jnp.where(some, lse, -jnp.inf)[..., 0]
 

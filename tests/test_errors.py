@@ -68,12 +68,59 @@ def test_wrong_mask_arrays(mask, message):
         pf.flash_attention(Q, K, V, mask=mask)
 
 
+IDS = jnp.zeros((2, 8), jnp.int32)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (pf.SegmentIds(IDS), "SegmentIds.kv must be given where q_len=8 and kv_len=6 differ"),
+        (pf.SegmentIds(IDS, IDS), r"SegmentIds.kv: shape=\(2, 8\) must broadcast .* = \[2, 6\]"),
+        (pf.SegmentIds(IDS * 1.0, IDS), "SegmentIds.q: dtype=float32 must be an integer"),
+        (pf.PrefixLM(jnp.ones((2, 1), jnp.int32)), r"PrefixLM.prefix_lengths: shape=\(2, 1\)"),
+        (
+            pf.MaskMod(lambda q, k, a: q < a, IDS),
+            r"MaskMod.arrays\[0\]: shape=\(2, 8\) must broadcast to .* = \[2, 4, 8, 6\]",
+        ),
+    ],
+)
+def test_wrong_arrays_of_new_masks(mask, message):
+    with pytest.raises(ValueError, match=message):
+        pf.flash_attention(Q, K, V, mask=mask)
+
+
+@pytest.mark.parametrize(
+    "fn, error, message",
+    [
+        (lambda q, k: q + k, TypeError, "function of MaskMod must return bool, got int32"),
+        (lambda q, k: k < IDS[:1, :6], TypeError, r"captures an array of shape \(2, 8\)"),
+        (lambda q, k: k < k.max(), TypeError, "must be elementwise, but it uses reduce_max"),
+        (
+            lambda q, k: (q < k)[..., :3],
+            ValueError,
+            r"broadcasts to \(2, 4, 8, 6\), got \(1, 1, 8,",
+        ),
+    ],
+)
+def test_mask_functions_that_no_tile_can_use(fn, error, message):
+    with pytest.raises(error, match=message):
+        pf.flash_attention(Q, K, V, mask=pf.MaskMod(fn))
+
+
+def test_a_captured_tracer_is_refused():
+    def attention(n):
+        return pf.flash_attention(Q, K, V, mask=pf.MaskMod(lambda q, k: k < n))
+
+    with pytest.raises(TypeError, match="function of MaskMod captures an array of shape"):
+        jax.jit(attention)(3)
+
+
 def test_wrong_kinds_of_argument():
     with pytest.raises(TypeError, match=r"mask must be a Mask .* got ArrayImpl of shape \(8, 6\)"):
         pf.flash_attention(Q, K, V, mask=jnp.ones((8, 6), bool))
     with pytest.raises(TypeError, match="score_mod must be a ScoreMod .* got function"):
         pf.flash_attention(Q, K, V, score_mod=lambda s: s)
-    with pytest.raises(TypeError, match="expected a mask or a score mod, got float"):
+    with pytest.raises(TypeError, match="every part of a Chain must be a ScoreMod, got 2.0"):
         pf.flash_attention(Q, K, V, score_mod=pf.Chain((pf.Softcap(1.0), 2.0)))
     with pytest.raises(ValueError, match="cap=0.0 must be positive and finite"):
         pf.Softcap(0.0)

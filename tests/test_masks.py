@@ -4,8 +4,12 @@ import tracemalloc
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import pytest
+
+matplotlib.use("agg")
+from matplotlib import pyplot
 
 import pallas_flash as pf
 from conftest import MASKS, Sizes
@@ -22,7 +26,7 @@ def cut(block_q, block_kv) -> schedule.Blocks:
 
 def dense(mask, sizes) -> np.ndarray:
     """bool [B, Hq, Tq, Tkv] from the mask's own `allowed`."""
-    whole = Tile(sizes.batch, 0, sizes.q_len, 0, sizes.kv_len)
+    whole = Tile(sizes.batch, 0, sizes.q_len, 0, sizes.kv_len, sizes.q_len)
     shape = (sizes.batch, sizes.num_q_heads, sizes.q_len, sizes.kv_len)
     if mask is None:
         return np.ones(shape, bool)
@@ -63,7 +67,10 @@ def test_block_kinds_are_safe(name, block_q, block_kv):
             assert block.all() and block.shape[1] == block_kv
 
 
-@pytest.mark.parametrize("name", ["causal", "causal-bottom-right", "window", "kv-lengths"])
+EXACT = ("causal", "causal-bottom-right", "window", "kv-lengths", "prefix-lm", "chunked-causal")
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_block_kinds_are_exact_for_structured_masks(name):
     mask, _ = MASKS[name](SIZES)
     bound = mask.bind(SIZES.q_len, SIZES.kv_len)
@@ -140,5 +147,84 @@ def test_bad_masks_raise():
         pf.SlidingWindow(-1)
     with pytest.raises(ValueError, match="right=-2 must be 0 or more"):
         pf.SlidingWindow(None, -2)
+    with pytest.raises(ValueError, match="chunk=0 must be at least 1"):
+        pf.ChunkedCausal(0)
+    with pytest.raises(TypeError, match="chunk=1.5 must be an integer"):
+        pf.ChunkedCausal(1.5)
     with pytest.raises(TypeError, match="unsupported operand"):
         pf.Causal() & True
+
+
+def test_segments_skip_and_fill_blocks():
+    """Sorted ids: exact but for padding. A permutation of ids: by the bounds of each block."""
+    lengths, block = [10, 0, 30, 8], 8
+    ids = pf.segment_ids_from_cu_seqlens(np.cumsum([0, *lengths]), 56)
+    mask = pf.SegmentIds(ids[None], ids[None])
+    blocks = schedule.Blocks(56, 56, block, block, 1)
+    numbers = np.arange(7), np.arange(7)
+    kinds = np.asarray(schedule.block_kinds(mask, blocks, *numbers))[0, 0]
+    truth = dense(mask, Sizes(batch=1, q_len=56, kv_len=56))[0, 0].reshape(7, block, 7, block)
+    want = truth.any((1, 3)) * 1 + truth.all((1, 3))
+    np.testing.assert_array_equal(kinds, want)
+    assert (kinds == BlockKind.FULL).sum() == 1 + 9 + 1
+    mixed = pf.SegmentIds(jnp.array([[5, 3, 1, 1, 9, 7]]), jnp.array([[4, 2, 1, 1, 8, 8]]))
+    kinds = np.asarray(
+        schedule.block_kinds(mixed, schedule.Blocks(6, 6, 2, 2, 1), np.arange(3), np.arange(3))
+    )
+    np.testing.assert_array_equal(kinds[0, 0], [[1, 0, 0], [0, 2, 0], [0, 0, 1]])
+
+
+def test_segment_ids_from_cumulative_lengths():
+    ids = pf.segment_ids_from_cu_seqlens([0, 2, 2, 5], 7)
+    np.testing.assert_array_equal(ids, [0, 0, 2, 2, 2, -1, -1])
+    under_jit = jax.jit(lambda cu: pf.segment_ids_from_cu_seqlens(cu, 7))
+    np.testing.assert_array_equal(under_jit(jnp.array([0, 2, 2, 5])), ids)
+    for wrong in ([1, 2], [0, 3, 2], [0, 8], []):
+        with pytest.raises(ValueError, match=r"cu_seqlens"):
+            pf.segment_ids_from_cu_seqlens(np.array(wrong, np.int32), 7)
+    with pytest.raises(ValueError, match=r"must be \[n \+ 1\] integers, got float32\[2\]"):
+        pf.segment_ids_from_cu_seqlens(jnp.ones(2), 7)
+
+
+PICTURES = {
+    "causal": (
+        pf.Causal(),
+        (4, 5),
+        {},
+        ["#....", "##...", "###..", "####."],
+    ),
+    "causal-blocks": (
+        pf.Causal(),
+        (6, 6),
+        {"block_q": 2, "block_kv": 2},
+        ["/..", "#/.", "##/"],
+    ),
+    "segments-of-a-row": (
+        pf.SegmentIds(jnp.array([[0, 0, 0], [0, 1, 1]])),
+        (3, 3),
+        {"batch": 1},
+        ["#..", ".##", ".##"],
+    ),
+    "dense-of-a-head": (
+        pf.DenseMask(jnp.array([[[True]], [[False]]])),
+        (1, 2),
+        {"head": 1},
+        [".."],
+    ),
+    "default-blocks": (pf.ChunkedCausal(128), (256, 300), {}, ["/..", "./."]),
+}
+
+
+@pytest.mark.parametrize("mask, lengths, options, want", PICTURES.values(), ids=PICTURES.keys())
+def test_pictures(mask, lengths, options, want):
+    assert mask.show(*lengths, **options).split("\n") == want
+    shown = mask.plot(*lengths, ax=pyplot.figure().add_subplot(), **options).images[0].get_array()
+    assert ["".join("./#"[kind] for kind in row) for row in shown] == want
+    pyplot.close("all")
+
+
+def test_pictures_that_do_not_exist():
+    with pytest.raises(ValueError, match="300 x 300 blocks must have at most 256"):
+        pf.Causal().show(300, 300, block_q=1, block_kv=1)
+    with pytest.raises(ValueError, match="batch index 2 must be below 2"):
+        pf.KvLengths(jnp.array([1, 2])).show(3, 3, batch=2)

@@ -12,7 +12,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_flash import Bias, Causal, DenseMask, flash_attention, flash_attention_with_lse
+from pallas_flash import (
+    Alibi,
+    Bias,
+    Causal,
+    Chain,
+    DenseMask,
+    Dropout,
+    PrefixLM,
+    RelativeBias,
+    ScoreFunction,
+    SegmentIds,
+    Sink,
+    flash_attention,
+    flash_attention_with_lse,
+)
 from pallas_flash.parallel import distributed, sharding, vary_together
 
 GATHERS = re.compile(r"\b(all-gather|all-to-all|collective-permute)[-\w]*\(")
@@ -125,6 +139,41 @@ def test_values_and_gradients_stay_local(specs, kwargs):
     (out, _), gradients = got
     assert out.sharding.is_equivalent_to(split[0].sharding, out.ndim)
     assert gradients[0].sharding.is_equivalent_to(split[0].sharding, out.ndim)
+
+
+def all_terms(q, k, v, ids, lengths, table, slopes, gain, logits, key):
+    """Every kind of operand: along the queries, the keys, the distances, and of functions."""
+    mask = Causal() | SegmentIds(ids, jnp.tile(ids, 2)) & PrefixLM(lengths)
+    mods = (RelativeBias(table), Alibi(slopes), ScoreFunction(_times, gain), Sink(logits))
+    return flash_attention_with_lse(
+        q, k, v, mask=mask, score_mod=Chain(mods), dropout=Dropout(0.3, key)
+    )
+
+
+def _times(s, q_pos, kv_pos, gain):
+    return s * gain
+
+
+@pytest.mark.parametrize("specs", [BATCH_SPLIT, HEADS_SPLIT, BOTH_SPLIT], ids=["b", "h", "b-h"])
+def test_all_terms_and_dropout_stay_local_and_are_the_same(specs):
+    rng = np.random.default_rng(1)
+    batch, _, heads = (*specs[0], None, None)[:3]
+    arrays = [
+        *make_arrays()[:3],
+        rng.integers(0, 2, (BATCH, Q_LEN)),
+        rng.integers(0, KV_LEN, BATCH),
+        *(rng.standard_normal(shape, np.float32) for shape in ((8, 8), 8, (BATCH, 1, 4, 1), 8)),
+        np.asarray(jax.random.key_data(jax.random.key(3))),
+    ]
+    others = [P(batch), P(batch), P(heads), P(heads), P(batch), P(heads), P()]
+    argnums = (0, 1, 2, 5, 6, 7, 8)
+    function = jax.value_and_grad(functools.partial(loss, all_terms), argnums=argnums)
+    split = put(arrays, make_mesh(), [*specs[:3], *others])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = compiled(function, *split)
+    assert not GATHERS.findall(run.as_text())
+    assert_same(run(*split), jax.jit(function)(*arrays))
 
 
 def test_sharded_intermediates_of_few_kv_heads():

@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 
 from pallas_flash import (
+    Alibi,
     Bias,
     Causal,
+    Chain,
     DenseMask,
     KvLengths,
+    RelativeBias,
+    ScoreFunction,
+    SegmentIds,
+    Sink,
     flash_attention,
     flash_attention_with_lse,
 )
@@ -157,6 +163,45 @@ def test_lengths(lengths_mapped):
     axes = (0, 0, 0, 0 if lengths_mapped else None)
     got = jax.jit(jax.vmap(masked, in_axes=axes))(q, k, v, lengths)
     assert_same(got, looped(jax.jit(masked), (q, k, v, lengths), axes))
+
+
+def all_terms(q, k, v, ids, kv_ids, table, slopes, gain, logits):
+    mask = Causal() | SegmentIds(ids, kv_ids)
+    mods = (RelativeBias(table), Alibi(slopes), ScoreFunction(_times, gain), Sink(logits))
+    return flash_attention_with_lse(q, k, v, mask=mask, score_mod=Chain(mods))
+
+
+def _times(s, q_pos, kv_pos, gain):
+    return s * gain
+
+
+@pytest.mark.parametrize(
+    "mapped", [("q", "ids"), ("k", "kv_ids", "table", "slopes"), ("gain", "logits")], ids="-".join
+)
+def test_terms_along_positions(mapped):
+    names = ("q", "k", "v", "ids", "kv_ids", "table", "slopes", "gain", "logits")
+    shapes = {"ids": (2, 5), "kv_ids": (2, 7), "table": (4, 8), "slopes": (4,), "logits": (2, 4)}
+    shapes = {**SHAPES, **shapes, "gain": (2, 1, 5, 1)}
+    rng = np.random.default_rng(0)
+
+    def array(name):
+        shape = (N, *shapes[name]) if name in mapped else shapes[name]
+        if "ids" in name:
+            return jnp.asarray(rng.integers(-1, 3, shape))
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    arrays = [array(name) for name in names]
+    axes = tuple(0 if name in mapped else None for name in names)
+
+    def both(*arrays):
+        def total(*arrays):
+            out, lse = all_terms(*arrays)
+            return jnp.sin(out).sum() + jnp.cos(lse).sum()
+
+        return all_terms(*arrays), jax.grad(total, argnums=(0, 1, 2, 5, 6, 7, 8))(*arrays)
+
+    got = jax.jit(jax.vmap(both, in_axes=axes))(*arrays)
+    assert_same(got, looped(jax.jit(both), arrays, axes))
 
 
 def test_without_batch_axis():

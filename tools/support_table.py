@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 import pallas_flash as pf
 from pallas_flash.dispatch import BACKENDS
-from pallas_flash.spec import AttentionSpec, make_operands
+from pallas_flash.spec import AttentionSpec, make_request
 
 WHERE = {
     "hopper": "NVIDIA Hopper",
@@ -53,7 +53,7 @@ def serves(backend, mask=None, score_mod=None, **keywords) -> bool:
     reasons: list[str | None] = []
 
     def ask(q, k, v):
-        operands, scale, _ = make_operands(q, k, v, mask=mask, score_mod=score_mod, scale=None)
+        operands, scale, *_ = make_request(q, k, v, mask=mask, score_mod=score_mod, scale=None)
         reasons.append(backend.unsupported(AttentionSpec.of(operands, scale)))
 
     jax.eval_shape(ask, *shapes(**keywords))

@@ -63,7 +63,8 @@ class _Grid(NamedTuple):
     def tile(self, i: Any, j: Any) -> Tile:
         q_start = jnp.minimum(i * self.block_q, self.spec.q_len - self.block_q)
         kv_start = jnp.minimum(j * self.block_kv, self.spec.kv_len - self.block_kv)
-        return Tile(self.spec.batch, q_start, self.block_q, kv_start, self.block_kv)
+        spec, blocks = self.spec, self.blocks
+        return Tile(spec.batch, q_start, blocks.block_q, kv_start, blocks.block_kv, spec.q_len)
 
     def bounds(self, make_schedule) -> tuple[Any, Any]:
         """First and last block that any row or head of the batch has to visit, per tile."""
@@ -96,6 +97,12 @@ class _Grid(NamedTuple):
         s = s.reshape(self.spec.batch, self.spec.num_q_heads, self.block_q, self.block_kv)
         s, vjp = jax.vjp(logits, s, arrays)
         return s, ok, vjp
+
+    def dropped(self, i: Any, j: Any, p: jax.Array) -> jax.Array:
+        """Probabilities of tile (i, j), or their gradients, after dropout: [B, Hq, q, kv]."""
+        here = self.tile(i, j)
+        bits = map_operands(here.align, self.operands.dropout)
+        return tile.dropped(p, bits, *here.positions())
 
 
 def _dot(equation: str, a: jax.Array, b: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -151,13 +158,13 @@ def forward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands):
             k_tile, v_tile = (_rows(x, kv_start, grid.block_kv, 2) for x in (k, v))
             s, ok, _ = grid.scores(i, j, q_tile, k_tile)
             _, used_kv = tile.in_use(ok, spec.num_kv_heads)
+            tile_shape = s.shape
             s = jnp.where(ok, s, -jnp.inf).reshape(*rows, -1)
             m = jnp.maximum(state.m, s.max(-1))
             p = softmax_state.exp_shifted(s, m[..., None])
             alpha = softmax_state.exp_shifted(state.m, m)
-            pv = _dot(
-                "bkgqs,bksd->bkgqd", p.astype(spec.dtype), jnp.where(used_kv, v_tile, 0), spec
-            )
+            kept = grid.dropped(i, j, p.reshape(tile_shape)).reshape(p.shape).astype(spec.dtype)
+            pv = _dot("bkgqs,bksd->bkgqd", kept, jnp.where(used_kv, v_tile, 0), spec)
             return softmax_state.SoftmaxState(
                 state.acc * alpha[..., None] + pv, m, state.l * alpha + p.sum(-1)
             )
@@ -207,8 +214,10 @@ def backward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, l
 
         p = tile.probabilities(s, lse_tile, ok)
         dp = _dot("bkgqd,bksd->bkgqs", do_tile, v_tile, spec).reshape(s.shape)
+        dp = grid.dropped(i, j, dp)
         ds = jnp.where(ok, p * (dp - delta_tile[..., None]), 0)
         ds, d_arrays = logits_vjp(ds)
+        p = grid.dropped(i, j, p)
         p, ds = (x.reshape(*q_tile.shape[:4], -1).astype(spec.dtype) for x in (p, ds))
         dq_tile = _rows(sums.dq, here.q_start, grid.block_q, 3)
         return _Gradients(

@@ -1,7 +1,7 @@
 """Algorithm 0: attention with the whole matrix of scores in memory. The definition of correct.
 
-Forward: S = mod(scale Q K^T), P = softmax(S), O = P V. Backward: dV = P^T dO, dP = dO V^T,
-dS = P * (dP - delta), and dQ, dK and the score mod's gradients from dS.
+Forward: S = mod(scale Q K^T), P = softmax(S), O = drop(P) V. Backward: dV = drop(P)^T dO,
+dP = drop(dO V^T), dS = P * (dP - delta), and dQ, dK and the score mod's gradients from dS.
 Source: FlashAttention-2 (Dao 2023), section 2.2. Everything is computed in float32, or in float64
 for float64 inputs.
 """
@@ -34,8 +34,10 @@ def _per_q_head(x: jax.Array, spec: AttentionSpec) -> jax.Array:
 
 
 def _prepare(spec: AttentionSpec, operands: Operands):
-    """q, k, v per query head with unused rows zeroed, where they may attend, the logits' rule."""
-    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len)
+    """q, k, v per query head with unused rows zeroed, where they may attend, the rule of the logits
+    and of dropout, and the aligned score mod.
+    """
+    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len, spec.q_len)
     mask = map_operands(whole.align, operands.mask)
     score_mod = map_operands(whole.align, operands.score_mod)
     q, k, v = (_per_q_head(x, spec) for x in (operands.q, operands.k, operands.v))
@@ -48,33 +50,36 @@ def _prepare(spec: AttentionSpec, operands: Operands):
         s = _einsum("bhqd,bhkd->bhqk", q, k)
         return tile.logits(s, q_pos, kv_pos, spec.scale, score_mod)
 
-    return q, k, v, ok, logits, score_mod
+    def drop(p):
+        return tile.dropped(p, map_operands(whole.align, operands.dropout), q_pos, kv_pos)
+
+    return q, k, v, ok, logits, drop, score_mod
 
 
 def forward(spec: AttentionSpec, config: ReferenceConfig, operands: Operands):
     """out [B, Tq, Hq, Dv] and lse [B, Hq, Tq]."""
-    q, k, v, ok, logits, score_mod = _prepare(spec, operands)
+    q, k, v, ok, logits, drop, score_mod = _prepare(spec, operands)
     s = jnp.where(ok, logits(q, k, score_mod), -jnp.inf)
     row_max = lax.stop_gradient(s.max(-1, keepdims=True))
     row_max = jnp.where(row_max == -jnp.inf, 0, row_max)
     p = jnp.where(ok, jnp.exp(s - row_max), 0)
     attends = ok.any(-1, keepdims=True)
     denominator = jnp.where(attends, p.sum(-1, keepdims=True), 1)
-    out = _einsum("bhqk,bhkd->bqhd", p / denominator, v)
+    out = _einsum("bhqk,bhkd->bqhd", drop(p / denominator), v)
     lse = jnp.where(attends, row_max + jnp.log(denominator), -jnp.inf)[..., 0]
     return out.astype(spec.dtype), lse
 
 
 def backward(spec: AttentionSpec, config: ReferenceConfig, operands: Operands, lse, delta, dout):
     """dq, dk, dv and the gradients of the score mod's arrays."""
-    q, k, v, ok, logits, score_mod = _prepare(spec, operands)
+    q, k, v, ok, logits, drop, score_mod = _prepare(spec, operands)
     arrays, rebuild = floating(score_mod)
     arrays = [x.astype(spec.state_dtype) for x in arrays]
     s, logits_vjp = jax.vjp(lambda q, k, arrays: logits(q, k, rebuild(arrays)), q, k, arrays)
     dout = jnp.where(ok.any(-1, keepdims=True), _per_q_head(dout, spec), 0)
     p = tile.probabilities(s, lse, ok)
-    dv = _einsum("bhqk,bhqd->bhkd", p, dout)
-    dp = _einsum("bhqd,bhkd->bhqk", dout, v)
+    dv = _einsum("bhqk,bhqd->bhkd", drop(p), dout)
+    dp = drop(_einsum("bhqd,bhkd->bhqk", dout, v))
     ds = jnp.where(ok, p * (dp - delta[..., None]), 0)
     dq, dk, d_arrays = logits_vjp(ds)
 
@@ -82,7 +87,7 @@ def backward(spec: AttentionSpec, config: ReferenceConfig, operands: Operands, l
         x = x.reshape(spec.batch, spec.num_kv_heads, spec.group, *x.shape[2:]).sum(2)
         return x.transpose(0, 2, 1, 3).astype(spec.dtype)
 
-    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len)
+    whole = Tile(spec.batch, 0, spec.q_len, 0, spec.kv_len, spec.q_len)
     own, axes = floating(operands.score_mod)[0], floating_axes(operands.score_mod)
     d_score_mod = [
         whole.add(jnp.zeros(x.shape, d.dtype), a, d).astype(x.dtype)

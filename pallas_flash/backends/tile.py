@@ -1,10 +1,11 @@
-"""What every backend does to a tile: raw scores to logits, and which rows of it are in use."""
+"""What every backend does to a tile: raw scores to logits, dropout, which rows are in use."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from pallas_flash.dropout import KeepBits
 from pallas_flash.masks import Mask
 from pallas_flash.scores import ScoreMod
 
@@ -43,3 +44,8 @@ def in_use(ok: jax.Array, num_kv_heads: int) -> tuple[jax.Array, jax.Array]:
 def probabilities(logits: jax.Array, lse: jax.Array, ok: jax.Array) -> jax.Array:
     """``exp(logits - lse)`` where allowed, else 0; `lse` [B, Hq, q], -inf for an empty row."""
     return jnp.where(ok, jnp.exp(logits - lse[..., None]), 0)
+
+
+def dropped(p: jax.Array, dropout: KeepBits | None, q_pos: Any, kv_pos: Any) -> jax.Array:
+    """Probabilities, or their gradients, after dropout with aligned seeds."""
+    return p if dropout is None else dropout.apply(p, q_pos, kv_pos)

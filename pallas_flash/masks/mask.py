@@ -1,7 +1,7 @@
 """Mask: who may attend to whom, told elementwise and for whole blocks."""
 
 import enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,13 @@ class BlockKind(enum.IntEnum):
     FULL = 2
 
 
+class Bounds(NamedTuple):
+    """The lowest and the highest of an array's numbers in each block, shaped like the blocks."""
+
+    lo: Any
+    hi: Any
+
+
 class Mask:
     """A condition on (query position, key position); combine with ``&``, ``|`` and ``~``.
 
@@ -30,12 +37,28 @@ class Mask:
         raise NotImplementedError(f"{type(self).__name__} must define allowed(q_pos, kv_pos)")
 
     def block_kind(self, q_lo: Any, q_hi: Any, kv_lo: Any, kv_hi: Any) -> Any:
-        """The `BlockKind` of blocks that span q_lo..q_hi and kv_lo..kv_hi, bounds inclusive."""
+        """The `BlockKind` of blocks that span q_lo..q_hi and kv_lo..kv_hi, bounds inclusive.
+
+        Arrays without positions are as in `allowed`. Integers that span the queries or the keys
+        are the `Bounds` of each block here. Other arrays are None.
+        """
         return (q_lo + kv_lo) * 0 + BlockKind.PARTIAL
 
     def bind(self, q_len: int, kv_len: int) -> "Mask":
         """The same mask, told once how long the two sequences are."""
         return self
+
+    def show(self, q_len: int, kv_len: int, **options: Any) -> str:
+        """A picture of the mask as text, by element or by block: `masks.picture.show`."""
+        from pallas_flash.masks import picture
+
+        return picture.show(self, q_len, kv_len, **options)
+
+    def plot(self, q_len: int, kv_len: int, **options: Any) -> Any:
+        """The same picture by matplotlib: `masks.picture.plot`."""
+        from pallas_flash.masks import picture
+
+        return picture.plot(self, q_len, kv_len, **options)
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other) if isinstance(other, Mask) else NotImplemented

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash.masks.mask import BlockKind, Mask
+from pallas_flash.masks.mask import BlockKind, Bounds, Mask
 from pallas_flash.terms import SCORE_AXES, map_operands
 
 # Columns of a schedule: a tile visits the blocks first..last (end exclusive), those in
@@ -56,23 +56,53 @@ def block_kinds(mask: Mask | None, blocks: Blocks, q_index: Any, kv_index: Any) 
     else:
         q_hi = xp.minimum(q_lo + blocks.block_q, blocks.q_len) - 1
         kv_hi = xp.minimum(kv_lo + blocks.block_kv, blocks.kv_len) - 1
-        kinds = _per_row(mask, blocks.batch).block_kind(q_lo, q_hi, kv_lo, kv_hi)
+        kinds = _per_block(mask, blocks, {"q": q_index, "kv": kv_index}).block_kind(
+            q_lo, q_hi, kv_lo, kv_hi
+        )
     over_the_end = (kv_lo + blocks.block_kv > blocks.kv_len) & (kinds > BlockKind.PARTIAL)
     return xp.asarray(kinds - over_the_end.astype(np.int32), np.int32)
 
 
-def _per_row(mask: Mask, batch: int) -> Mask:
-    """The mask with its per-row numbers shaped to broadcast against [B, Hq, q, kv] blocks."""
+def _per_block(mask: Mask, blocks: Blocks, index: dict[str, Any]) -> Mask:
+    """The mask with its arrays shaped to broadcast against [B, Hq, q, kv] blocks.
+
+    What `Mask.block_kind` says of its arrays: numbers for each row of the batch as they are,
+    integers along one of the positions as `Bounds` of the blocks in `index`, others as None.
+    """
 
     def align(array, axes):
-        if not set(axes) <= {"batch", "heads"}:
-            return None  # a mask whose arrays span positions must not read them in block_kind
         sizes = dict(zip(axes, array.shape, strict=True))
+        along = [axis for axis in axes if axis in index and sizes[axis] > 1]
+        is_integer = jnp.issubdtype(array.dtype, jnp.integer)
+        if len(set(axes) & set(index)) == 2 or (along and not is_integer):
+            return None
         array = jnp.asarray(array).reshape([sizes.get(axis, 1) for axis in SCORE_AXES])
         rows = array.shape[0]
-        return array if rows in (1, batch) else jnp.repeat(array, batch // rows, axis=0)
+        if rows not in (1, blocks.batch):
+            array = jnp.repeat(array, blocks.batch // rows, axis=0)
+        if not set(axes) & set(index):
+            return array
+        if not along:
+            return Bounds(array, array)
+        (axis,) = along
+        return Bounds(
+            *(_of_blocks(f, array, axis, blocks, index[axis]) for f in (jnp.min, jnp.max))
+        )
 
     return map_operands(align, mask)
+
+
+def _of_blocks(reduce: Callable, x: jax.Array, axis: str, blocks: Blocks, index: Any) -> jax.Array:
+    """``reduce`` over each of the blocks with the given numbers along an axis of the scores."""
+    at = SCORE_AXES.index(axis)
+    size, count = {
+        "q": (blocks.block_q, blocks.num_q),
+        "kv": (blocks.block_kv, blocks.num_kv),
+    }[axis]
+    pad = [(0, count * size - x.shape[at] if i == at else 0) for i in range(x.ndim)]
+    x = jnp.pad(x, pad, mode="edge")
+    found = reduce(x.reshape(*x.shape[:at], count, size, *x.shape[at + 1 :]), axis=at + 1)
+    return jnp.take(found, index.reshape(-1), axis=at, mode="clip")
 
 
 def runs(kinds: Any) -> Any:

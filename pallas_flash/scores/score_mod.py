@@ -15,6 +15,10 @@ class ScoreMod:
         """The new scores, from scaled scores and int32 positions (from 0), elementwise."""
         raise NotImplementedError(f"{type(self).__name__} must define apply(s, q_pos, kv_pos)")
 
+    def bind(self, q_len: int, kv_len: int) -> "ScoreMod":
+        """The same mod, told once how long the two sequences are."""
+        return self
+
 
 @term
 class Chain(ScoreMod):
@@ -30,3 +34,9 @@ class Chain(ScoreMod):
         for mod in self.mods:
             s = mod.apply(s, q_pos, kv_pos)
         return s
+
+    def bind(self, q_len, kv_len):
+        for mod in self.mods:
+            if not isinstance(mod, ScoreMod):
+                raise TypeError(f"every part of a Chain must be a ScoreMod, got {mod!r}")
+        return Chain(tuple(mod.bind(q_len, kv_len) for mod in self.mods))

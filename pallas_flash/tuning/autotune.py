@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from pallas_flash import dispatch
 from pallas_flash.backends.backend import Backend
 from pallas_flash.masks import Causal, Mask
-from pallas_flash.spec import AttentionSpec, Operands, make_operands
+from pallas_flash.spec import AttentionSpec, Operands, make_request
 from pallas_flash.tuning import table, timing
 
 MASKS: dict[str, Mask | None] = {"full": None, "causal": Causal()}
@@ -130,8 +130,9 @@ def main(argv: list[str] | None = None) -> None:
         q, k, v = (jax.random.normal(jax.random.key(i), s, args.dtype) for i, s in shapes)
         for name in args.masks:
             mask = MASKS[name]
-            operands, scale, _ = make_operands(q, k, v, mask=mask, score_mod=None, scale=None)
-            spec = AttentionSpec.of(operands, scale)
+            request = make_request(q, k, v, mask=mask, score_mod=None, scale=None)
+            operands = request.operands
+            spec = AttentionSpec.of(operands, request.scale)
             time = measured(backend, spec, operands, args.iterations)
             config, ms = search(backend, spec, time, args.steps, _progress_bar())
             print(shape, name, {key: round(x, 3) for key, x in ms.items()}, config)

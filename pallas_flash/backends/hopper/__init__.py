@@ -34,6 +34,8 @@ def unsupported(spec: AttentionSpec) -> str | None:
             return f"{name}={getattr(spec, name)} must be a multiple of 8 from 16 to 256"
     if spec.score_mod is not None:
         return f"score mods are not in the Hopper kernels yet: {_names(spec.score_mod)}"
+    if spec.dropout is not None:
+        return "dropout is not in the Hopper kernels yet"
     for field in leaf_fields(spec.mask):
         if not set(field.axes) <= {BATCH, HEADS}:
             return f"mask arrays over positions are not in the Hopper kernels yet: {field.name}"

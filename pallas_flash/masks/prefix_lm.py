@@ -1,0 +1,29 @@
+"""PrefixLM: a prefix that everyone sees, and causal attention after it."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_flash.masks.mask import Mask, kind_of
+from pallas_flash.terms import operand, term
+
+
+@term
+class PrefixLM(Mask):
+    """Allowed where ``kv_pos <= q_pos`` or ``kv_pos < prefix_lengths[b]``.
+
+    Args:
+      prefix_lengths: [B] integer, how many of the first keys every query of the row sees.
+
+    Source: T5 (Raffel et al. 2020, arXiv:1910.10683), section 3.2.1.
+    """
+
+    prefix_lengths: jax.Array = operand("batch", dtype=jnp.integer)
+
+    def allowed(self, q_pos, kv_pos):
+        return (kv_pos <= q_pos) | (kv_pos < self.prefix_lengths)
+
+    def block_kind(self, q_lo, q_hi, kv_lo, kv_hi):
+        return kind_of(
+            (kv_lo <= q_hi) | (kv_lo < self.prefix_lengths),
+            (kv_hi <= q_lo) | (kv_hi < self.prefix_lengths),
+        )
