@@ -18,7 +18,7 @@ from mutations import WithoutCall
 from pallas_flash.backends import hopper
 from pallas_flash.backends.hopper import assignment
 from pallas_flash.backends.hopper import forward as module
-from pallas_flash.backends.hopper.storage import mm, tiled
+from pallas_flash.backends.hopper.storage import load_accumulator, tiled
 from pallas_flash.spec import AttentionSpec, Operands
 from tolerance import assert_as_good_as_plain
 
@@ -245,10 +245,17 @@ def test_a_stage_released_while_a_product_reads_it_is_caught(released_early):
         def _():
             for _ in range(2):
                 plgpu.barrier_wait(ready)
-                release = functools.partial(plgpu.barrier_arrive, free)
-                during, after = (release, lambda: None) if released_early else (None, release)
-                square = mm(x_smem, x_smem.transpose((1, 0)), during)
-                after()
+
+                def product(acc):
+                    plgpu.wgmma(acc, x_smem, x_smem.transpose((1, 0)))
+                    if released_early:
+                        plgpu.barrier_arrive(free)
+                    square = load_accumulator(acc, wait_n=0)
+                    if not released_early:
+                        plgpu.barrier_arrive(free)
+                    return square
+
+                square = pl.run_scoped(product, plgpu.ACC((64, 64), jnp.float32))
             out_smem[...] = square.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_smem, out_gmem)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -131,32 +131,6 @@ def locate(index: Any, num_tiles: int, num_heads: int, heads_per_group: int) -> 
 
 # ---------------------------------------------------------------------------------------------
 # Products and vectors
-
-
-def mm(a: Any, b: Any, during: Callable[[], None] | None = None) -> Any:
-    """a @ b, float32. `during` is traced while the product runs: between its issue and its wait.
-
-    a: [M, K] in SMEM or registers, b: [K, N] in SMEM.
-    """
-
-    def product(acc):
-        plgpu.wgmma(acc, a, b)
-        if during is not None:
-            during()
-        return acc[...]
-
-    return pl.run_scoped(product, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
-
-
-def mm_add(c: Any, a: Any, b: Any, during: Callable[[], None] | None = None) -> Any:
-    """c + a @ b, accumulated in the registers of `c` [M, N] float32; `during` as in `mm`."""
-
-    def product(acc):
-        plgpu.wgmma(acc, a, b)
-        if during is not None:
-            during()
-
-    return pl.run_state(product)(plgpu.ACC.init(c))
 
 
 def load_accumulator(acc: Any, wait_n: int) -> Any:
