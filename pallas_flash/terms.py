@@ -21,7 +21,7 @@ size of an operand may be any divisor ``b`` of the batch ``B``, batch row ``i`` 
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
@@ -91,6 +91,18 @@ def term[T](cls: type[T]) -> type[T]:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def parts(tree: Any) -> Iterator[Any]:
+    """All terms that a term is made of, itself first."""
+    if isinstance(tree, tuple):
+        for part in tree:
+            yield from parts(part)
+    elif tree is not None:
+        yield tree
+        for field in dataclasses.fields(tree):
+            if "subterm" in field.metadata:
+                yield from parts(getattr(tree, field.name))
 
 
 class OperandField(NamedTuple):

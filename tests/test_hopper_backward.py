@@ -41,6 +41,14 @@ CASES = {
         150, 70, 2, 2, 96, 96, mask=pf.Causal("bottom_right"),
         allowed=lambda q, k: k <= q + 70 - 150,
     ),
+    "chunked-causal": Case(
+        150, 150, 1, 1, 32, 32, mask=pf.ChunkedCausal(37),
+        allowed=lambda q, k: (k <= q) & (k // 37 == q // 37),
+    ),
+    "prefix-of-rows": Case(
+        90, 120, 1, 1, 32, 32, batch=2, mask=pf.PrefixLM(lengths(50, 0)),
+        allowed=lambda q, k: (k <= q) | (k < below(50, 0)),
+    ),
     "more-keys-d80-causal": Case(70, 200, 1, 1, 80, 80, mask=pf.Causal(), allowed=causal),
     "window-value-dim-32": Case(
         150, 330, 1, 1, 64, 32, mask=pf.SlidingWindow(40, 10),

@@ -67,6 +67,14 @@ CASES = {
         40, 70, 1, 1, 16, 16, batch=2, mask=~pf.KvLengths(lengths(33)),
         allowed=lambda q, k: k >= below(33),
     ),
+    "chunked-causal": Case(
+        150, 150, 1, 1, 32, 32, mask=pf.ChunkedCausal(37), config=TURNS,
+        allowed=lambda q, k: (k <= q) & (k // 37 == q // 37),
+    ),
+    "prefix-of-rows": Case(
+        90, 120, 1, 1, 32, 32, batch=2, mask=pf.PrefixLM(lengths(50, 0)), config=TURNS,
+        allowed=lambda q, k: (k <= q) | (k < below(50, 0)),
+    ),
     "f16-value-dim-192": Case(
         70, 90, 1, 1, 128, 192, dtype=jnp.float16, mask=pf.Causal(), allowed=causal
     ),

@@ -40,20 +40,40 @@ REQUESTS = {
     "`KvLengths`, `QLengths`": [
         {"mask": kind(zeros(1, dtype=jnp.int32))} for kind in (pf.KvLengths, pf.QLengths)
     ],
+    "`ChunkedCausal`, `PrefixLM`": [
+        {"mask": pf.ChunkedCausal(64)},
+        {"mask": pf.PrefixLM(zeros(1, dtype=jnp.int32))},
+    ],
+    "`SegmentIds`": [
+        {"mask": pf.SegmentIds(zeros(1, 300, dtype=jnp.int32), zeros(1, 200, dtype=jnp.int32))}
+    ],
+    "`MaskMod`: a function of your own": [{"mask": pf.MaskMod(lambda q, kv: kv < q)}],
     "`DenseMask`": [{"mask": pf.DenseMask(zeros(1, 4, 300, 200, dtype=bool))}],
     "`&`, `|`, `~` of masks it serves": [
         {"mask": ~(pf.Causal() & pf.SlidingWindow(9)) | pf.KvLengths(zeros(1, dtype=jnp.int32))}
     ],
     "`Softcap`": [{"score_mod": pf.Softcap(30.0)}],
     "`Bias`, with its gradient": [{"score_mod": pf.Bias(zeros(1, 4, 300, 200))}],
+    "`Alibi`, `RelativeBias`, `DistanceBias`, with gradients": [
+        {"score_mod": pf.Alibi(zeros(4))},
+        {"score_mod": pf.RelativeBias(zeros(4, 32))},
+        {"score_mod": pf.DistanceBias(zeros(4, 499))},
+    ],
+    "`Sink`, with its gradient": [{"score_mod": pf.Sink(zeros(4))}],
+    "`ScoreFunction`: a function of your own": [
+        {"score_mod": pf.ScoreFunction(lambda s, q, kv: s * s)}
+    ],
+    "`Dropout`": [{"dropout": pf.Dropout(0.1, jax.random.key(0))}],
 }
 
 
-def serves(backend, mask=None, score_mod=None, **keywords) -> bool:
+def serves(backend, mask=None, score_mod=None, dropout=None, **keywords) -> bool:
     reasons: list[str | None] = []
 
     def ask(q, k, v):
-        operands, scale, *_ = make_request(q, k, v, mask=mask, score_mod=score_mod, scale=None)
+        operands, scale, *_ = make_request(
+            q, k, v, mask=mask, score_mod=score_mod, scale=None, dropout=dropout
+        )
         reasons.append(backend.unsupported(AttentionSpec.of(operands, scale)))
 
     jax.eval_shape(ask, *shapes(**keywords))

@@ -4,7 +4,7 @@ Source: FlashAttention-2 (Dao 2023), algorithm 1 (forward: queries outside, one 
 end) and algorithm 2 (backward: keys outside).
 
 The last tile of a sequence starts earlier rather than being padded, so nothing is copied and every
-length is exact; what it covers a second time is masked by `_Grid.fresh`.
+length is exact; what it covers a second time is masked by `Grid.allowed`.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class BlockwiseConfig:
                 raise ValueError(f"{name}={size} must be at least 1")
 
 
-class _Grid(NamedTuple):
+class Grid(NamedTuple):
     """The tiles of one request."""
 
     spec: AttentionSpec
@@ -48,7 +48,7 @@ class _Grid(NamedTuple):
     operands: Operands
 
     @classmethod
-    def of(cls, spec: AttentionSpec, config: BlockwiseConfig, operands: Operands) -> "_Grid":
+    def of(cls, spec: AttentionSpec, config: BlockwiseConfig, operands: Operands) -> "Grid":
         sizes = (min(config.block_q, spec.q_len), min(config.block_kv, spec.kv_len))
         return cls(spec, Blocks(spec.q_len, spec.kv_len, *sizes, spec.batch), operands)
 
@@ -73,9 +73,13 @@ class _Grid(NamedTuple):
         first = jnp.where(empty, jnp.iinfo(jnp.int32).max, table[..., schedule.FIRST])
         return first.min((0, 1)), table[..., schedule.LAST].max((0, 1))
 
-    def fresh(self, i: Any, j: Any, q_pos: Any, kv_pos: Any) -> jax.Array:
-        """Which scores of a tile no earlier tile has covered."""
-        return (q_pos >= i * self.block_q) & (kv_pos >= j * self.block_kv)
+    def allowed(self, i: Any, j: Any) -> jax.Array:
+        """Where a tile may attend and no earlier tile has covered it: [B or 1, Hq or 1, q, kv]."""
+        here = self.tile(i, j)
+        q_pos, kv_pos = here.positions()
+        fresh = (q_pos >= i * self.block_q) & (kv_pos >= j * self.block_kv)
+        mask = map_operands(here.align, self.operands.mask)
+        return tile.allowed(mask, q_pos, kv_pos) & fresh
 
     def scores(self, i: Any, j: Any, q: jax.Array, k: jax.Array):
         """Logits [B, Hq, q, kv] of tile (i, j), where they count, and their vjp.
@@ -85,8 +89,6 @@ class _Grid(NamedTuple):
         """
         here = self.tile(i, j)
         q_pos, kv_pos = here.positions()
-        mask = map_operands(here.align, self.operands.mask)
-        ok = tile.allowed(mask, q_pos, kv_pos) & self.fresh(i, j, q_pos, kv_pos)
         arrays, rebuild = floating(map_operands(here.align, self.operands.score_mod))
         arrays = [x.astype(self.spec.state_dtype) for x in arrays]
 
@@ -96,7 +98,7 @@ class _Grid(NamedTuple):
         s = _dot("bkgqd,bksd->bkgqs", q, k, self.spec)
         s = s.reshape(self.spec.batch, self.spec.num_q_heads, self.block_q, self.block_kv)
         s, vjp = jax.vjp(logits, s, arrays)
-        return s, ok, vjp
+        return s, self.allowed(i, j), vjp
 
     def dropped(self, i: Any, j: Any, p: jax.Array) -> jax.Array:
         """Probabilities of tile (i, j), or their gradients, after dropout: [B, Hq, q, kv]."""
@@ -109,19 +111,19 @@ def _dot(equation: str, a: jax.Array, b: jax.Array, spec: AttentionSpec) -> jax.
     return jnp.einsum(equation, a, b, preferred_element_type=spec.state_dtype)
 
 
-def _grouped(x: jax.Array, spec: AttentionSpec) -> jax.Array:
+def grouped(x: jax.Array, spec: AttentionSpec) -> jax.Array:
     """[B, T, Hq, D] to [B, Hkv, G, T, D]."""
     batch, length, _, dim = x.shape
     x = x.reshape(batch, length, spec.num_kv_heads, spec.group, dim)
     return x.transpose(0, 2, 3, 1, 4)
 
 
-def _ungrouped(x: jax.Array, spec: AttentionSpec) -> jax.Array:
+def ungrouped(x: jax.Array, spec: AttentionSpec) -> jax.Array:
     """[B, Hkv, G, T, D] to [B, T, Hq, D]."""
     return x.transpose(0, 3, 1, 2, 4).reshape(spec.batch, -1, spec.num_q_heads, x.shape[-1])
 
 
-def _split_heads(x: jax.Array, spec: AttentionSpec) -> jax.Array:
+def split_heads(x: jax.Array, spec: AttentionSpec) -> jax.Array:
     """[B or 1, Hq or 1, ...] to [B or 1, Hkv or 1, G or 1, ...]."""
     heads = (spec.num_kv_heads, spec.group) if x.shape[1] > 1 else (1, 1)
     return x.reshape(x.shape[0], *heads, *x.shape[2:])
@@ -142,8 +144,8 @@ def _put(x: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:
 
 def forward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands):
     """out [B, Tq, Hq, Dv] and lse [B, Hq, Tq]."""
-    grid = _Grid.of(spec, config, operands)
-    q = _grouped(operands.q, spec)
+    grid = Grid.of(spec, config, operands)
+    q = grouped(operands.q, spec)
     k, v = operands.k.transpose(0, 2, 1, 3), operands.v.transpose(0, 2, 1, 3)
     first, last = grid.bounds(schedule.kv_schedule)
     rows = (spec.batch, spec.num_kv_heads, spec.group, grid.block_q)
@@ -182,7 +184,7 @@ def forward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands):
     out = jnp.zeros((*heads, spec.q_len, spec.value_dim), spec.dtype)
     lse = jnp.zeros((*heads, spec.q_len), spec.state_dtype)
     out, lse = _loop(grid.blocks.num_q, 0, grid.blocks.num_q, query_tile, (out, lse))
-    return _ungrouped(out, spec), lse.reshape(spec.batch, spec.num_q_heads, spec.q_len)
+    return ungrouped(out, spec), lse.reshape(spec.batch, spec.num_q_heads, spec.q_len)
 
 
 class _Gradients(NamedTuple):
@@ -196,8 +198,8 @@ class _Gradients(NamedTuple):
 
 def backward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, lse, delta, dout):
     """dq, dk, dv and the gradients of the score mod's arrays."""
-    grid = _Grid.of(spec, config, operands)
-    q, dout = _grouped(operands.q, spec), _grouped(dout, spec)
+    grid = Grid.of(spec, config, operands)
+    q, dout = grouped(operands.q, spec), grouped(dout, spec)
     k, v = operands.k.transpose(0, 2, 1, 3), operands.v.transpose(0, 2, 1, 3)
     first, last = grid.bounds(schedule.q_schedule)
     axes = floating_axes(operands.score_mod)
@@ -208,7 +210,7 @@ def backward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, l
         lse_tile, delta_tile = (_rows(x, here.q_start, grid.block_q, 2) for x in (lse, delta))
         s, ok, logits_vjp = grid.scores(i, j, q_tile, k_tile)
         used_q, used_kv = tile.in_use(ok, spec.num_kv_heads)
-        used_q = _split_heads(used_q, spec)
+        used_q = split_heads(used_q, spec)
         q_tile, do_tile = jnp.where(used_q, q_tile, 0), jnp.where(used_q, do_tile, 0)
         k_tile, v_tile = jnp.where(used_kv, k_tile, 0), jnp.where(used_kv, v_tile, 0)
 
@@ -249,7 +251,7 @@ def backward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, l
     dq, dk, dv, d_score_mod = _loop(grid.blocks.num_kv, 0, grid.blocks.num_kv, key_tile, carry)
     dk, dv = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
     d_score_mod = [d.astype(x.dtype) for d, x in zip(d_score_mod, own, strict=True)]
-    return _ungrouped(dq, spec).astype(spec.dtype), dk, dv, d_score_mod
+    return ungrouped(dq, spec).astype(spec.dtype), dk, dv, d_score_mod
 
 
 def default_config(spec: AttentionSpec) -> BlockwiseConfig:

@@ -13,9 +13,10 @@ from pallas_flash.backends.hopper.config import (
     one_step_from,
 )
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
+from pallas_flash.masks import MaskMod
 from pallas_flash.scores import Chain, ScoreMod
 from pallas_flash.spec import AttentionSpec, Operands
-from pallas_flash.terms import BATCH, HEADS, leaf_fields
+from pallas_flash.terms import BATCH, HEADS, leaf_fields, parts
 
 HEAD_DIMS = range(16, 257, 8)
 DTYPES = (jnp.bfloat16, jnp.float16)
@@ -36,6 +37,8 @@ def unsupported(spec: AttentionSpec) -> str | None:
         return f"score mods are not in the Hopper kernels yet: {_names(spec.score_mod)}"
     if spec.dropout is not None:
         return "dropout is not in the Hopper kernels yet"
+    if any(isinstance(part, MaskMod) for part in parts(spec.mask)):
+        return "functions of one's own are not in the Hopper kernels yet: MaskMod"
     for field in leaf_fields(spec.mask):
         if not set(field.axes) <= {BATCH, HEADS}:
             return f"mask arrays over positions are not in the Hopper kernels yet: {field.name}"
