@@ -215,7 +215,7 @@ def _chunked_causal(z):
 
 
 def _every_nth(q_pos, kv_pos, nth, shift):
-    return (q_pos + kv_pos + shift) % nth == 0
+    return (2 * q_pos + kv_pos + shift) % nth == 0
 
 
 def _mask_mod(z):
