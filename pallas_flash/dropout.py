@@ -74,19 +74,31 @@ class KeepBits:
 
     def keep(self, q_pos: Any, kv_pos: Any) -> Any:
         """Which probabilities are kept, elementwise over int32 positions."""
-        # Rows and columns are hashed on their own: for each element only the last hash is left.
-        row = _mix(q_pos.astype(jnp.uint32) ^ self.seeds)
-        column = _mix(kv_pos.astype(jnp.uint32) ^ jnp.uint32(COLUMNS))
+        return self._keep(self.of_queries(q_pos), self.of_keys(kv_pos))
+
+    def of_queries(self, q_pos: Any) -> Any:
+        """The hash of query positions, uint32: once for a row, however many keys it has."""
+        return _mix(q_pos.astype(jnp.uint32) ^ self.seeds)
+
+    def of_keys(self, kv_pos: Any) -> Any:
+        """The hash of key positions, uint32."""
+        return kv_pos.astype(jnp.uint32) * jnp.uint32(KEY_STEP)
+
+    def _keep(self, of_query: Any, of_key: Any) -> Any:
         threshold = min(round(self.rate * 2**32), 2**32 - 1)
-        return _mix(row ^ column) >= jnp.uint32(threshold)
+        return _mix(of_query ^ of_key) >= jnp.uint32(threshold)
+
+    def drop(self, p: Any, of_query: Any, of_key: Any) -> Any:
+        """Probabilities, or their gradients, after dropout, from the hashes of their positions."""
+        return jnp.where(self._keep(of_query, of_key), p * (1.0 / (1.0 - self.rate)), 0)
 
     def apply(self, p: Any, q_pos: Any, kv_pos: Any) -> Any:
         """Probabilities, or their gradients, after dropout."""
-        return jnp.where(self.keep(q_pos, kv_pos), p * (1.0 / (1.0 - self.rate)), 0)
+        return self.drop(p, self.of_queries(q_pos), self.of_keys(kv_pos))
 
 
-# Sets the hash of a key position apart from that of a query position.
-COLUMNS = 0x9E3779B9
+# 2**32 over the golden ratio, odd: neighbouring keys are set far apart, no two have one hash.
+KEY_STEP = 0x9E3779B9
 
 
 def _mix(x: Any) -> Any:

@@ -230,7 +230,7 @@ class Tile:
         cut = lax.dynamic_slice(array, self._starts(array.shape, axes), sizes)
         by_axis = dict(zip(axes, sizes, strict=True))
         if by_axis.get(DISTANCE, 1) > 1:
-            cut = _spread_distances(cut, self.q_size, self.kv_size)
+            cut = spread_distances(cut, self.q_size, self.kv_size)
             by_axis |= {Q: self.q_size, KV: self.kv_size}
         cut = cut.reshape([by_axis.get(axis, 1) for axis in SCORE_AXES])
         rows = cut.shape[0]
@@ -243,7 +243,7 @@ class Tile:
             part = part.reshape(rows, -1, *part.shape[1:]).sum(1)
         sizes = self._sizes(total.shape, axes)
         if DISTANCE in axes and sizes[axes.index(DISTANCE)] > 1:
-            part = _sum_distances(part)
+            part = sum_distances(part)
         part = part.reshape(sizes)
         starts = self._starts(total.shape, axes)
         old = lax.dynamic_slice(total, starts, part.shape)
@@ -256,7 +256,7 @@ class Tile:
         return q + jnp.asarray(self.q_start, jnp.int32), kv + jnp.asarray(self.kv_start, jnp.int32)
 
 
-def _spread_distances(x: jax.Array, q_size: int, kv_size: int) -> jax.Array:
+def spread_distances(x: jax.Array, q_size: int, kv_size: int) -> jax.Array:
     """``y[..., i, j] = x[..., j - i + q_size - 1]``: [..., q + kv - 1] to [..., q, kv].
 
     Copies of ``x`` and one more entry, read in rows that are one entry shorter: no gather.
@@ -267,8 +267,8 @@ def _spread_distances(x: jax.Array, q_size: int, kv_size: int) -> jax.Array:
     return x[..., : q_size * count].reshape(*outer, q_size, count)[..., q_size - 1 :]
 
 
-def _sum_distances(y: jax.Array) -> jax.Array:
-    """The transpose of `_spread_distances`: [..., q, kv] to [..., q + kv - 1]."""
+def sum_distances(y: jax.Array) -> jax.Array:
+    """The transpose of `spread_distances`: [..., q, kv] to [..., q + kv - 1]."""
     *outer, q_size, kv_size = y.shape
     none = [(0, 0)] * len(outer)
     y = jnp.pad(y, [*none, (0, 0), (q_size - 1, 0)]).reshape(*outer, -1)

@@ -36,7 +36,7 @@ def attention(q, k, v, *, allowed=None, change=None, scale=None, sink=None, keep
     return out, jnp.where(some, lse, -jnp.inf)[..., 0]
 
 
-def plain_attention_with_lse(q, k, v, allowed, scale=None):
+def plain_attention_with_lse(q, k, v, allowed, scale=None, change=None, keep=None):
     """Attention as one writes it in low precision: products of q's dtype summed in float32,
     softmax in float32, P rounded to q's dtype. Same results as `attention`."""
     group = q.shape[2] // k.shape[2]
@@ -45,9 +45,11 @@ def plain_attention_with_lse(q, k, v, allowed, scale=None):
     allowed = jnp.broadcast_to(allowed, s.shape)
     some = allowed.any(-1, keepdims=True)
     s = s * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = s if change is None else change(s)
     s = jnp.where(allowed, s, jnp.where(some, -jnp.inf, 0.0))
     lse = jax.scipy.special.logsumexp(s, axis=-1, keepdims=True)
-    p = jnp.where(allowed, jnp.exp(s - lse), 0.0).astype(q.dtype)
+    p = jnp.where(allowed, jnp.exp(s - lse), 0.0)
+    p = (p if keep is None else p * keep).astype(q.dtype)
     out = jnp.einsum("bhts,bshd->bthd", p, v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype), jnp.where(some, lse, -jnp.inf)[..., 0]
 

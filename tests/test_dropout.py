@@ -72,7 +72,7 @@ def test_bits_are_known():
 
     mask = pf.Dropout(0.5, KEY).keep_mask(1, 2, 3, 4)
     for h, i, j in np.ndindex(2, 3, 4):
-        value = mix(mix(int(seeds[0, h]) ^ i) ^ mix(j ^ 0x9E3779B9))
+        value = mix(mix(int(seeds[0, h]) ^ i) ^ (j * 0x9E3779B9 % 2**32))
         assert mask[0, h, i, j] == (value >= 2**31)
 
 

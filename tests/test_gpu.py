@@ -14,7 +14,9 @@ import pytest
 
 import oracle
 import pallas_flash as pf
+from conftest import MASKS as MASKS_OF_ALL
 from conftest import Sizes, normal, qkv
+from term_cases import CASES, KEY, SCORES, inputs, judge
 from tolerance import assert_as_good_as_plain, assert_close_to_oracle
 
 pytestmark = pytest.mark.gpu
@@ -130,6 +132,37 @@ def test_masks(mask, head_dim, record_property):
     check(sizes, MASKS[mask], jnp.bfloat16, record_property)
 
 
+TERM_SIZES = {
+    "d32": Sizes(2, 300, 420, 4, 2, 32, 32),
+    "d64": Sizes(3, 640, 512, 4, 4, 64, 64),
+    "d128": Sizes(2, 333, 500, 4, 1, 128, 128),
+    "d256": Sizes(2, 300, 420, 4, 2, 256, 256),
+}
+
+
+@pytest.mark.parametrize("sizes", TERM_SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_masks_scores_and_dropout(name, sizes, record_property):
+    case = CASES[name]._replace(sizes=TERM_SIZES[sizes])
+    score = SCORES[case.score](case.sizes)
+    arrays, cotangents = inputs(case.sizes, score)
+    mask = MASKS_OF_ALL[case.mask](case.sizes)[0]
+    has_arrays = bool(jax.tree.leaves(score.make(score.array)))
+    if sizes == "d256" and has_arrays:
+        reason = pf.explain_backends(*arrays[:3], mask=mask, score_mod=score.make(score.array))
+        assert "gradients of score mod arrays are in the kernels up to" in reason["hopper"]
+        return
+
+    def ours(q, k, v, array):
+        dropout = pf.Dropout(case.rate, KEY) if case.rate else None
+        out, lse = pf.flash_attention_with_lse(
+            q, k, v, mask=mask, score_mod=score.make(array), dropout=dropout, backend="hopper"
+        )
+        return out, jnp.where(lse == -jnp.inf, 0.0, lse)
+
+    judge(case, with_gradients(ours, arrays, cotangents), record_property)
+
+
 def test_nan_in_padding_does_not_leak():
     sizes = Sizes(2, 300, 500, 4, 2, 64, 64)
     q, k, v = qkv(sizes, jnp.bfloat16)
@@ -195,8 +228,8 @@ def test_more_than_2_to_the_31_elements(record_property):
 def test_default_is_hopper_and_falls_back_with_a_warning():
     q, k, v = qkv(Sizes(), jnp.bfloat16)
     assert pf.explain_backends(q, k, v)["hopper"] is None
-    with pytest.warns(UserWarning, match="'blockwise', which is slower than 'hopper'.*Softcap"):
-        pf.flash_attention(q, k, v, score_mod=pf.Softcap(7.0))
+    with pytest.warns(UserWarning, match="'blockwise', which is slower than 'hopper'.*erf"):
+        pf.flash_attention(q, k, v, score_mod=pf.ScoreFunction(lambda s, *_: jax.lax.erf(s)))
 
 
 def test_remat_scan_and_vmap_on_the_device():

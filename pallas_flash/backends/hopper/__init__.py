@@ -1,6 +1,7 @@
 """Attention on NVIDIA Hopper GPUs, in Pallas Mosaic GPU (wgmma and TMA)."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,14 +13,16 @@ from pallas_flash.backends.hopper.config import (
     default_forward_config,
     one_step_from,
 )
+from pallas_flash.backends.hopper.operands import Kind, leaves_of
+from pallas_flash.backends.hopper.scores import missing_in_terms
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
-from pallas_flash.masks import MaskMod
-from pallas_flash.scores import Chain, ScoreMod
 from pallas_flash.spec import AttentionSpec, Operands
-from pallas_flash.terms import BATCH, HEADS, leaf_fields, parts
+from pallas_flash.terms import KV, leaf_fields
 
 HEAD_DIMS = range(16, 257, 8)
 DTYPES = (jnp.bfloat16, jnp.float16)
+# Above it one warpgroup computes the probabilities and another their gradients.
+WIDEST_WITH_ARRAY_GRADIENTS = 128
 COMPUTE_CAPABILITY = "9.0"
 # ptxas of these CUDA versions, from the first to below the second, gives wrong causal masks; JAX's
 # own Pallas attention refuses them too.
@@ -33,18 +36,25 @@ def unsupported(spec: AttentionSpec) -> str | None:
     for name in ("head_dim", "value_dim"):
         if getattr(spec, name) not in HEAD_DIMS:
             return f"{name}={getattr(spec, name)} must be a multiple of 8 from 16 to 256"
-    if spec.score_mod is not None:
-        return f"score mods are not in the Hopper kernels yet: {_names(spec.score_mod)}"
-    if spec.dropout is not None:
-        return "dropout is not in the Hopper kernels yet"
-    if any(isinstance(part, MaskMod) for part in parts(spec.mask)):
-        return "functions of one's own are not in the Hopper kernels yet: MaskMod"
-    for field in leaf_fields(spec.mask):
-        if not set(field.axes) <= {BATCH, HEADS}:
-            return f"mask arrays over positions are not in the Hopper kernels yet: {field.name}"
-        if not jnp.issubdtype(field.dtype, jnp.integer):
-            return f"mask arrays that are not integers are not in the Hopper kernels: {field.name}"
-    return misfit(spec, default_config(spec))
+    return _unsupported_terms(spec) or misfit(spec, default_config(spec))
+
+
+@functools.lru_cache(1024)
+def _unsupported_terms(spec: AttentionSpec) -> str | None:
+    """The reason why the kernels cannot serve the mask or the score mod of a spec, or None."""
+    missing = missing_in_terms(spec)
+    if missing:
+        return f"functions that use {', '.join(missing)} are not in the Hopper kernels"
+    pairs = zip(leaf_fields(spec.score_mod), leaves_of(spec.score_mod, KV), strict=True)
+    for field, leaf in pairs:
+        if leaf.is_float and leaf.kind is Kind.PER_COLUMN:
+            return f"gradients of arrays over queries alone are not in the kernels: {field.name}"
+        if leaf.is_float and max(spec.head_dim, spec.value_dim) > WIDEST_WITH_ARRAY_GRADIENTS:
+            return (
+                f"gradients of score mod arrays are in the kernels up to head_dim "
+                f"{WIDEST_WITH_ARRAY_GRADIENTS}: {field.name}"
+            )
+    return None
 
 
 def misfit(spec: AttentionSpec, config: Config) -> str | None:
@@ -79,12 +89,6 @@ def _cuda_version() -> int:
 
     assert cuda_versions is not None, "asked only where a GPU is present"
     return cuda_versions.cuda_runtime_get_version()
-
-
-def _names(score_mod: ScoreMod) -> str:
-    if isinstance(score_mod, Chain):
-        return ", ".join(map(_names, score_mod.mods))
-    return type(score_mod).__name__
 
 
 def default_config(spec: AttentionSpec) -> Config:

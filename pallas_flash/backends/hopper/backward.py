@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_flash.backends.hopper import backward_by_keys, backward_by_roles
+from pallas_flash.backends.hopper import array_gradients, backward_by_keys, backward_by_roles
 from pallas_flash.backends.hopper.backward_common import (
     MATH_REGISTERS,
     NUM_MATH_WGS,
@@ -25,8 +25,14 @@ from pallas_flash.backends.hopper.backward_common import (
     load_tiles,
     may_hold_padding,
 )
-from pallas_flash.backends.hopper.backward_storage import query_columns, storage, value_columns
+from pallas_flash.backends.hopper.backward_storage import (
+    query_columns,
+    storage,
+    tiling,
+    value_columns,
+)
 from pallas_flash.backends.hopper.config import BackwardConfig
+from pallas_flash.backends.hopper.operands import Terms
 from pallas_flash.backends.hopper.storage import LOG2_E, locate, padded, round_up, tma_rows
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
 from pallas_flash.spec import AttentionSpec, Operands
@@ -46,11 +52,10 @@ def _compiler_params(config: BackwardConfig) -> plgpu.CompilerParams:
 def backward(
     spec: AttentionSpec, config: Any, operands: Operands, lse: Any, delta: Any, dout: Any
 ) -> tuple[Any, Any, Any, list[Any]]:
-    """dq, dk, dv in the operands' shapes and dtypes, and no score mod gradients.
+    """dq, dk, dv and the gradients of the score mod's arrays, in the operands' shapes and dtypes.
 
     lse, delta: [B, Hq, Tq] float32, natural log; dout: [B, Tq, Hq, Dv].
     """
-    assert spec.score_mod is None, "refused by the Hopper backend"
     tiles = config.backward
     qk, vo = query_columns(spec, tiles), value_columns(spec)
     runs, schedule = _schedule(spec, tiles, operands.mask)
@@ -66,13 +71,15 @@ def backward(
         lse_log2=lse_log2,
         delta=delta,
         schedule=schedule,
-        mask_leaves=tuple(x.astype(jnp.int32) for x in jax.tree.leaves(operands.mask)),
+        terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
         dq_acc=None,
+        gradients=None,
     )
-    dq_acc, dk, dv = _launch(spec, tiles, runs, inputs)
+    dq_acc, dk, dv, of_arrays = _launch(spec, tiles, runs, inputs)
     dq = (dq_acc[:, : spec.q_len, :, : spec.head_dim] * spec.scale).astype(spec.dtype)
     dk = dk[:, : spec.kv_len, :, : spec.head_dim]
-    return dq, dk, dv[:, : spec.kv_len, :, : spec.value_dim], []
+    d_score_mod = array_gradients.folded(tiling(spec, tiles), operands.score_mod, of_arrays)
+    return dq, dk, dv[:, : spec.kv_len, :, : spec.value_dim], d_score_mod
 
 
 def _schedule(spec: AttentionSpec, config: BackwardConfig, mask: Any) -> tuple[Runs, Any]:
@@ -104,13 +111,17 @@ def _without_unused_rows(lse: Any, *arrays: Any) -> list[Any]:
 
 def _launch(
     spec: AttentionSpec, config: BackwardConfig, runs: Runs, inputs: GlobalRefs
-) -> tuple[Any, Any, Any]:
-    """dQ [B, Tq, Hq, D] float32 without the scale, dk, dv, with padded rows and columns."""
+) -> tuple[Any, Any, Any, array_gradients.Refs]:
+    """dQ [B, Tq, Hq, D] float32 without the scale, dk, dv, with padded rows and columns.
+
+    And what the gradients of the score mod's arrays are folded from.
+    """
     compute = backward_by_roles.compute if config.shares_keys else backward_by_keys.compute
     num_kv_tiles = pl.cdiv(spec.kv_len, config.block_kv)
     num_heads = spec.batch * spec.num_kv_heads
 
-    def flash_attention_backward(gmem, dk_gmem, dv_gmem, smem):
+    def flash_attention_backward(gmem, dk_gmem, dv_gmem, sums_gmem, smem):
+        gmem = gmem._replace(gradients=gmem.gradients._replace(sums=sums_gmem))
         head, kv_tile = locate(
             lax.axis_index("block"), num_kv_tiles, num_heads, config.heads_per_group
         )
@@ -132,9 +143,13 @@ def _launch(
     dq_width = query_columns(spec, config).smem
     dq_shape = (spec.batch, tma_rows(spec.q_len), spec.num_q_heads, dq_width)
     dq_acc = jax.new_ref(jnp.zeros(dq_shape, jnp.float32))
-    dk, dv = plgpu.kernel(
+    matrices = tuple(map(jax.new_ref, array_gradients.zero_matrices(tiling(spec, config))))
+    dk, dv, sums = plgpu.kernel(
         flash_attention_backward,
-        out_type=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)),
+        out_type=(
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)),
+            array_gradients.sums_in_gmem(tiling(spec, config)),
+        ),
         # One axis: the others of a CUDA grid end at 65535.
         grid=(num_heads * num_kv_tiles,),
         grid_names=("block",),
@@ -142,5 +157,6 @@ def _launch(
         thread_name="wg",
         scratch_types=(storage(spec, config),),
         compiler_params=_compiler_params(config),
-    )(inputs._replace(dq_acc=dq_acc))
-    return dq_acc[...], dk, dv
+    )(inputs._replace(dq_acc=dq_acc, gradients=array_gradients.Refs(None, matrices)))
+    of_arrays = array_gradients.Refs(sums, tuple(x[...] for x in matrices))
+    return dq_acc[...], dk, dv, of_arrays

@@ -11,26 +11,25 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
+from pallas_flash.backends.hopper import array_gradients
 from pallas_flash.backends.hopper.backward_common import (
     Kernel,
     accumulator,
     add_dq,
-    allowed_tile,
     for_each_q_tile,
     free_stages,
     may_hold_padding,
     per_query,
     probabilities,
     score_gradients,
+    scores_part,
+    scores_terms,
     scrub,
     stage,
     zero_accumulator,
 )
-from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part
+from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, WG_KEYS, dq_part
 from pallas_flash.backends.hopper.storage import load_accumulator, window
-
-# Rows of one wgmma: the keys of a warpgroup.
-WG_KEYS = 64
 
 
 def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
@@ -45,7 +44,9 @@ def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
 
     def all_tiles(accs):
         step = partial(_step, kernel, wg, accs)
-        for_each_q_tile(kernel, partial(step, masked=False), partial(step, masked=True))
+        unmasked, masked = partial(step, masked=False), partial(step, masked=True)
+        no_sums = array_gradients.no_sums(kernel.spec, WG_KEYS)
+        for_each_q_tile(kernel, unmasked, masked, no_sums, partial(_end_of_head, kernel, wg))
 
     dk, dv = pl.run_state(all_tiles)(
         (
@@ -71,23 +72,40 @@ def _store(kernel: Kernel, wg: Any, value: Any, staging_smem: Any, array_gmem: A
     plgpu.copy_smem_to_gmem(staging_smem, target)
 
 
+def _end_of_head(kernel: Kernel, wg: Any, q_head: Any, sums: Any) -> Any:
+    """Stores what was summed over a query head's tiles."""
+    if not sums:
+        return sums
+    place = kernel.place(q_head, 0)
+    refs = kernel.gmem.gradients, kernel.smem.gradients
+    array_gradients.store_sums(*refs, wg, place, sums)
+    return array_gradients.no_sums(kernel.spec, WG_KEYS)
+
+
 def _step(
-    kernel: Kernel, wg: Any, accs: Any, t: Any, q_head: Any, q_tile: Any, _: Any, masked: bool
-):
-    """Adds one query tile's part to dK, dV (registers) and dQ (memory)."""
+    kernel: Kernel, wg: Any, accs: Any, t: Any, q_head: Any, q_tile: Any, sums: Any, masked: bool
+) -> Any:
+    """Adds one query tile's part to dK, dV (registers), dQ (memory) and the arrays' gradients.
+
+    sums: of the arrays' gradients over the queries of this head.
+    """
     smem, config = kernel.smem, kernel.config
     dk_acc, dv_acc = accs
     own = pl.ds(wg * WG_KEYS, WG_KEYS)
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
     q_smem, dout_smem = smem.q.at[q_slot], smem.dout.at[dout_slot]
     ds_slot = stage(t, NUM_SCORE_STAGES)
+    place = kernel.place(q_head, q_tile)
+    own_place = place._replace(row_start=place.row_start + wg * WG_KEYS)
+    part = scores_part(kernel, own_place, (WG_KEYS, config.block_q), masked)
 
     def products(s_acc, dp_acc):
         plgpu.barrier_wait(smem.q_ready.at[q_slot])
         plgpu.wgmma(s_acc, smem.k.at[own], q_smem.transpose((1, 0)))
         plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
         plgpu.wgmma(dp_acc, smem.v.at[own], dout_smem.transpose((1, 0)))
-        pl.run_scoped(partial(gradients, s_acc, dp_acc), accumulator(*dq_part(kernel.spec, config)))
+        dq_acc = accumulator(*dq_part(kernel.spec, config))
+        return pl.run_scoped(partial(gradients, s_acc, dp_acc), dq_acc)
 
     def gradients(s_acc, dp_acc, dq_acc):
         if config.block_q == 64:
@@ -96,19 +114,19 @@ def _step(
         s = load_accumulator(s_acc, wait_n=1)
         if config.block_q != 64:
             lse_log2 = per_query(smem.lse_log2.at[q_slot])
-        allowed = None
-        if masked:
-            q_start, kv_start = q_tile * config.block_q, kernel.kv_start + wg * WG_KEYS
-            allowed = allowed_tile(kernel, q_head, q_start, kv_start, s.shape)
-        p = probabilities(kernel, s, lse_log2, allowed)
-        plgpu.wgmma(dv_acc, p.astype(kernel.spec.dtype), dout_smem)
+        terms = scores_terms(kernel, t, part, own)
+        weights = probabilities(kernel, part, terms, s, lse_log2)
+        plgpu.wgmma(dv_acc, part.drop(weights.p).astype(kernel.spec.dtype), dout_smem)
         dp = load_accumulator(dp_acc, wait_n=1)
         delta = per_query(smem.delta.at[dout_slot])
-        ds = score_gradients(p, dp, delta).astype(kernel.spec.dtype)
+        ds, of_arrays = score_gradients(part, weights, dp, delta)
+        ds = ds.astype(kernel.spec.dtype)
         smem.ds.at[ds_slot, own][...] = ds
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
         plgpu.wgmma(dk_acc, ds, q_smem)
+        refs = kernel.gmem.gradients, smem.gradients
+        new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)
         plgpu.barrier_wait(smem.ds_ready.at[ds_slot])
         _dq_product(kernel, wg, smem.ds.at[ds_slot], dq_acc)
         # Everything is awaited here: with products left in flight across the step ptxas runs out
@@ -116,9 +134,10 @@ def _step(
         dq = load_accumulator(dq_acc, wait_n=0)
         free_stages(kernel, t)
         add_dq(kernel, wg, q_head, q_tile, dq)
+        return new_sums
 
     scores = accumulator(WG_KEYS, config.block_q)
-    pl.run_scoped(products, scores, scores)
+    return pl.run_scoped(products, scores, scores)
 
 
 def _dq_product(kernel: Kernel, wg: Any, ds_smem: Any, dq_acc: Any) -> None:

@@ -14,14 +14,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from pallas_flash.backends.hopper.backward_common import (
     Kernel,
+    Weights,
     accumulator,
     add_dq,
-    allowed_tile,
     for_each_q_tile,
     may_hold_padding,
     per_query,
     probabilities,
     score_gradients,
+    scores_part,
+    scores_terms,
     scrub,
     stage,
     zero_accumulator,
@@ -97,21 +99,22 @@ def _dv_step(
     smem, config = kernel.smem, kernel.config
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
     slot = stage(t, NUM_SCORE_STAGES)
+    shape = config.block_kv, config.block_q
+    part = scores_part(kernel, kernel.place(q_head, q_tile), shape, masked)
 
     def scores(s_acc):
         plgpu.barrier_wait(smem.q_ready.at[q_slot])
         plgpu.wgmma(s_acc, smem.k, smem.q.at[q_slot].transpose((1, 0)))
         lse_log2 = per_query(smem.lse_log2.at[q_slot])
         s = load_accumulator(s_acc, wait_n=0)
-        allowed = None
-        if masked:
-            q_start = q_tile * config.block_q
-            allowed = allowed_tile(kernel, q_head, q_start, kernel.kv_start, s.shape)
-        return probabilities(kernel, s, lse_log2, allowed).astype(kernel.spec.dtype)
+        terms = scores_terms(kernel, t, part, pl.ds(0, config.block_kv))
+        weights = probabilities(kernel, part, terms, s, lse_log2)
+        p = part.drop(weights.p).astype(kernel.spec.dtype)
+        return p, weights.scores.astype(kernel.spec.dtype)
 
-    p = pl.run_scoped(scores, accumulator(config.block_kv, config.block_q))
+    p, weight = pl.run_scoped(scores, accumulator(config.block_kv, config.block_q))
     # Read by ordinary loads: no need to commit it.
-    smem.p.at[slot][...] = p
+    smem.p.at[slot][...] = weight
     plgpu.barrier_arrive(smem.p_ready.at[slot])
     plgpu.barrier_arrive(smem.q_free.at[q_slot])
     plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
@@ -127,15 +130,18 @@ def _dk_step(kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, _: A
     smem, config, dtype = kernel.smem, kernel.config, kernel.spec.dtype
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
     slot = stage(t, NUM_SCORE_STAGES)
+    shape = config.block_kv, config.block_q
+    part = scores_part(kernel, kernel.place(q_head, q_tile), shape, masked=False)
 
     def gradients(dp_acc):
         plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
         plgpu.wgmma(dp_acc, smem.v, smem.dout.at[dout_slot].transpose((1, 0)))
         delta = per_query(smem.delta.at[dout_slot])
         plgpu.barrier_wait(smem.p_ready.at[slot])
-        p = plgpu.load(smem.p.at[slot], layout=MATRIX)
+        weight = plgpu.load(smem.p.at[slot], layout=MATRIX)
         dp = load_accumulator(dp_acc, wait_n=0)
-        return score_gradients(p.astype(dp.dtype), dp, delta).astype(dtype)
+        weights = Weights(None, weight.astype(dp.dtype), [])
+        return score_gradients(part, weights, dp, delta)[0].astype(dtype)
 
     ds = pl.run_scoped(gradients, accumulator(config.block_kv, config.block_q))
     smem.ds.at[slot][...] = ds

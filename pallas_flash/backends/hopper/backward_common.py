@@ -19,13 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_flash.backends.hopper.backward_storage import Storage
+from pallas_flash.backends.hopper import array_gradients
+from pallas_flash.backends.hopper.backward_storage import Storage, tiling
 from pallas_flash.backends.hopper.config import BackwardConfig
+from pallas_flash.backends.hopper.elementwise import written_out
+from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, load_matrices
+from pallas_flash.backends.hopper.scores import Part, with_weights
 from pallas_flash.backends.hopper.storage import (
     LOG2_E,
     MATRIX,
     PER_COLUMN,
-    mask_with_scalars,
     schedule_bound,
     window,
     zero_matrix,
@@ -43,8 +46,8 @@ class GlobalRefs(NamedTuple):
     """What a kernel reads and writes in GMEM.
 
     q, k, v, dout: [B, T, H, D]. lse_log2, delta: [B, Hq, Tq rounded up to block_q] float32.
-    schedule: [B or 1, Hq or 1, num_kv_tiles, 4] int32 or None. mask_leaves: the mask's arrays.
-    dq_acc: [B, Tq, Hq, D] float32, added to.
+    schedule: [B or 1, Hq or 1, num_kv_tiles, 4] int32 or None. terms: the arrays of mask, score mod
+    and dropout. dq_acc: [B, Tq, Hq, D] float32, added to. gradients: of the score mod's arrays.
     """
 
     q: Any
@@ -54,8 +57,9 @@ class GlobalRefs(NamedTuple):
     lse_log2: Any
     delta: Any
     schedule: Any
-    mask_leaves: Any
+    terms: Terms
     dq_acc: Any
+    gradients: array_gradients.Refs
 
 
 class Block(NamedTuple):
@@ -90,6 +94,14 @@ class Kernel:
         return self.block.kv_tile * self.config.block_kv
 
     @property
+    def tiling(self) -> Tiling:
+        return tiling(self.spec, self.config)
+
+    def place(self, q_head: Any, q_tile: Any) -> Place:
+        """Of a whole tile of scores."""
+        return Place(self.block.batch, q_head, self.kv_start, q_tile * self.config.block_q)
+
+    @property
     def num_q_tiles(self) -> int:
         return pl.cdiv(self.spec.q_len, self.config.block_q)
 
@@ -105,7 +117,8 @@ def may_hold_padding(spec: AttentionSpec) -> bool:
         return True
     # Certain that there are none only if every query attends to the key at its own position.
     position = np.arange(spec.q_len, dtype=np.int32)
-    return not spec.mask.allowed(position, position).all()
+    with jax.ensure_compile_time_eval():
+        return not spec.mask.allowed(position, position).all()
 
 
 def stage(step: Any, count: int) -> Any:
@@ -113,12 +126,17 @@ def stage(step: Any, count: int) -> Any:
 
 
 def for_each_q_tile(
-    kernel: Kernel, unmasked: Callable, masked: Callable, carry: Any = None
+    kernel: Kernel,
+    unmasked: Callable,
+    masked: Callable,
+    carry: Any = None,
+    end_of_head: Callable = lambda q_head, carry: carry,
 ) -> tuple[Any, Any]:
     """Calls ``carry = step(t, q_head, q_tile, carry)`` for the tiles to visit, t = 0, 1, ..
 
-    There is always a first step, outside of any loop, even if the mask then allows nothing.
-    Returns the number of steps and the last carry.
+    There is always a first step, outside of any loop, even if the mask then allows nothing. Behind
+    the tiles of each query head comes ``carry = end_of_head(q_head, carry)``. Returns the number of
+    steps and the last carry.
     """
     runs = kernel.runs
 
@@ -145,7 +163,7 @@ def for_each_q_tile(
             carry = loop(jnp.maximum(begin, full_first), full_last, unmasked, carry)
         if runs.masked_after:
             carry = loop(jnp.maximum(begin, full_last), last, masked, carry)
-        return t + (last - first), carry
+        return t + (last - first), end_of_head(q_head, carry)
 
     zero = kernel.block.kv_tile * 0
     state = one_head(zero, (zero, carry), is_first=True)
@@ -197,11 +215,28 @@ def load_tiles(kernel: Kernel) -> None:
 
     def load(t, q_head, q_tile, _):
         _load_stage(kernel, q, t, q_head, q_tile)
+        _load_terms(kernel, t, q_head, q_tile)
         _load_stage(kernel, dout, t, q_head, q_tile)
 
     steps, _ = for_each_q_tile(kernel, load, load)
-    _drain(q, steps)
-    _drain(dout, steps)
+    _drain(smem.q_free, config.num_q_stages, steps)
+    _drain(smem.dout_free, config.num_dout_stages, steps)
+    if smem.tiles_free is not None:
+        _drain(smem.tiles_free, config.num_q_stages, steps)
+
+
+def _load_terms(kernel: Kernel, t: Any, q_head: Any, q_tile: Any) -> None:
+    """Loads what mask and score mod hold for each score of a tile."""
+    smem, slot = kernel.smem, stage(t, kernel.config.num_q_stages)
+    if smem.tiles_free is None:
+        return
+
+    @pl.when(t >= kernel.config.num_q_stages)
+    def _():
+        plgpu.barrier_wait(smem.tiles_free.at[slot])
+
+    place, ready = kernel.place(q_head, q_tile), smem.tiles_ready.at[slot]
+    load_matrices(kernel.tiling, kernel.gmem.terms, smem.tiles, slot, place, ready)
 
 
 def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any) -> None:
@@ -219,7 +254,7 @@ def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any
     plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot], ready)
 
 
-def _drain(stream: Stream, steps: Any) -> None:
+def _drain(free: Any, num_stages: int, steps: Any) -> None:
     """Waits for the last use of every stage.
 
     Interpret mode of JAX 0.11.2 wants every phase of a barrier observed by whoever waits on it.
@@ -228,16 +263,33 @@ def _drain(stream: Stream, steps: Any) -> None:
     def wait(slot):
         @pl.when(slot < steps)
         def _():
-            plgpu.barrier_wait(stream.free.at[slot])
+            plgpu.barrier_wait(free.at[slot])
 
-    for slot in range(stream.num_stages):
+    for slot in range(num_stages):
         wait(slot)
 
 
-def allowed_tile(kernel: Kernel, q_head: Any, q_start: Any, kv_start: Any, shape: Any) -> Any:
-    """Whether queries from q_start on may attend to keys from kv_start on: [keys, queries]."""
-    kv_pos = kv_start + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
-    q_pos = q_start + plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+def scores_part(kernel: Kernel, place: Place, shape: tuple[int, int], masked: bool) -> Part:
+    """The scores of some keys of a tile."""
+    return Part.of(kernel.tiling, kernel.gmem.terms, place, shape, masked)
+
+
+def scores_terms(kernel: Kernel, t: Any, part: Part, own: Any) -> Terms:
+    """Mask and score mod of some keys of a tile, `own` of its rows; frees the stage of theirs."""
+    smem, slot = kernel.smem, stage(t, kernel.config.num_q_stages)
+    if smem.tiles_ready is not None:
+        plgpu.barrier_wait(smem.tiles_ready.at[slot])
+    terms = part.terms(jax.tree.map(lambda tile: tile.at[slot, own], smem.tiles))
+    if smem.tiles_ready is not None:
+        # Read by ordinary loads, overwritten by TMA.
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(smem.tiles_free.at[slot])
+    return terms
+
+
+def _allowed(kernel: Kernel, part: Part, terms: Terms) -> Any:
+    """Which scores of a masked part count: [keys, queries] bool."""
+    q_pos, kv_pos = part.positions()
     spec = kernel.spec
     conditions = []
     if spec.kv_len % kernel.config.block_kv:
@@ -246,9 +298,7 @@ def allowed_tile(kernel: Kernel, q_head: Any, q_start: Any, kv_start: Any, shape
         # Queries over the end weigh nothing, but a mask may let them meet keys that hold NaN.
         conditions.append(q_pos < spec.q_len)
     if spec.mask is not None:
-        leaves, batch = kernel.gmem.mask_leaves, kernel.block.batch
-        mask = mask_with_scalars(spec.mask, leaves, spec.batch, batch, q_head)
-        conditions.append(mask.allowed(q_pos, kv_pos))
+        conditions.append(part.allowed(terms))
     assert conditions, "a masked loop without anything to mask"
     return functools.reduce(operator.and_, conditions)
 
@@ -258,16 +308,40 @@ def per_query(row_smem: Any) -> Any:
     return plgpu.load(row_smem, layout=PER_COLUMN, optimized=False)
 
 
-def probabilities(kernel: Kernel, s: Any, lse_log2: Any, allowed: Any) -> Any:
-    """P^T from raw scores, 0 where not allowed (None: all are). Rows with lse_log2 = inf give 0."""
-    lse_log2 = lax.broadcast_in_dim(lse_log2, s.shape, [1])
-    p = jnp.exp2(s * (kernel.spec.scale * LOG2_E) - lse_log2)
-    return p if allowed is None else jnp.where(allowed, p, 0.0)
+class Weights(NamedTuple):
+    """P^T, and what the gradients are multiples of: of the scores, and of the mod's arrays."""
+
+    p: Any
+    scores: Any
+    arrays: list[Any]
 
 
-def score_gradients(p: Any, dp: Any, delta: Any) -> Any:
-    """dS^T without the scale: 0 where P is, since dP is finite there (`scrub`)."""
-    return p * (dp - lax.broadcast_in_dim(delta, dp.shape, [1]))
+def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: Any) -> Weights:
+    """P^T from raw scores s, 0 where masked, and its `Weights`.
+
+    Rows with lse_log2 = inf give 0.
+    """
+    scale, lse_log2 = kernel.spec.scale, lax.broadcast_in_dim(lse_log2, s.shape, [1])
+    allowed = _allowed(kernel, part, terms) if part.is_masked else None
+
+    def to_p(logits_log2):
+        p = jnp.exp2(logits_log2 - lse_log2)
+        return p if allowed is None else jnp.where(allowed, p, 0.0)
+
+    if terms.score_mod is None:
+        p = to_p(s * (scale * LOG2_E))
+        return Weights(p, p, [])
+    all_of_it = partial(with_weights, probabilities=lambda logits: to_p(logits * LOG2_E))
+    return Weights(*written_out(all_of_it)(terms.score_mod, s * scale, *part.positions()))
+
+
+def score_gradients(part: Part, weights: Weights, dp: Any, delta: Any) -> tuple[Any, list[Any]]:
+    """dS^T without the scale, and the gradients of the score mod's arrays.
+
+    0 where P is, since dP is finite there (`scrub`).
+    """
+    x = part.drop(dp) - lax.broadcast_in_dim(delta, dp.shape, [1])
+    return weights.scores * x, [w * x for w in weights.arrays]
 
 
 def scrub(tile_smem: Any) -> None:

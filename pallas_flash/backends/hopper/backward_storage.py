@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_flash.backends.hopper import array_gradients
+from pallas_flash.backends.hopper.operands import Terms, Tiling, in_smem, num_matrices
 from pallas_flash.backends.hopper.storage import Columns, head_columns, tiled
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.terms import KV
 
 # dS (and P) are written for step t + 1 while the other warpgroup still multiplies those of step t.
 NUM_SCORE_STAGES = 2
@@ -16,7 +19,9 @@ class Storage(NamedTuple):
     """What a block allocates; the leading axis of q, lse_log2, dout, delta is a stage.
 
     ds and p hold scores of two steps, dq each warpgroup's part of a tile or, in turn, of its
-    columns. p and p_ready exist where the warpgroups share the keys.
+    columns. p and p_ready exist where the warpgroups share the keys. tiles: those of masks' and
+    score mods' arrays that are matrices, with a stage for each of q's; their barriers are None
+    where there are none. gradients: of the score mod's arrays, on their way out.
     """
 
     q: Any
@@ -36,6 +41,19 @@ class Storage(NamedTuple):
     p_ready: Any
     ds_ready: Any
     k_read: Any
+    tiles: Terms
+    tiles_ready: Any
+    tiles_free: Any
+    gradients: array_gradients.Refs
+
+
+# Keys of a math warpgroup: the rows of one wgmma.
+WG_KEYS = 64
+
+
+def tiling(spec: AttentionSpec, config: Any) -> Tiling:
+    """How the scores are cut into tiles: keys along rows."""
+    return Tiling(spec, KV, config.block_kv, config.block_q)
 
 
 def query_columns(spec: AttentionSpec, config: Any) -> Columns:
@@ -71,6 +89,7 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         num_buffers = next((n for n in range(2, passes) if passes % n == 0), passes)
         dq_shape = (2, num_buffers, rows, dq_tile)
     score_shape = (NUM_SCORE_STAGES, block_kv, block_q)
+    matrices = num_matrices(spec)
 
     def barriers(count=1, arrivals=2):
         # Two arrivals: one from each math warpgroup, or one for each of two TMA copies.
@@ -95,4 +114,8 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         p_ready=barriers(NUM_SCORE_STAGES, arrivals=1) if shared else None,
         ds_ready=barriers(NUM_SCORE_STAGES, arrivals=1 if shared else 2),
         k_read=barriers(arrivals=1 if shared else 2),
+        tiles=in_smem(tiling(spec, config), config.num_q_stages),
+        tiles_ready=barriers(config.num_q_stages, matrices) if matrices else None,
+        tiles_free=barriers(config.num_q_stages, 1 if shared else 2) if matrices else None,
+        gradients=array_gradients.in_smem(tiling(spec, config), WG_KEYS),
     )

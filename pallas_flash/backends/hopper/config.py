@@ -155,11 +155,12 @@ def default_backward_config(spec: AttentionSpec) -> BackwardConfig:
     )
     bytes_per_kv_head = spec.group * spec.q_len * bytes_per_query
     heads = max(1, L2_BYTES_PER_GROUP // bytes_per_kv_head)
-    if widest <= 64:
-        return BackwardConfig(128, 128, 2, 2, heads)
     block_kv = 128 if widest <= 128 else 64
-    for stages in ((2, 2), (2, 1), (1, 1)):
-        config = BackwardConfig(64, block_kv, *stages, heads)
+    tiles = [(64, block_kv, 2, 2), (64, block_kv, 2, 1), (64, block_kv, 1, 1)]
+    if widest <= 64:
+        tiles.insert(0, (128, 128, 2, 2))
+    for sizes in tiles:
+        config = BackwardConfig(*sizes, heads)
         if config.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT:
             return config
     raise AssertionError(f"no backward tiles fit head_dim={spec.head_dim}, {spec.value_dim=}")

@@ -18,23 +18,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_flash.backends import tile as meaning
 from pallas_flash.backends.hopper import assignment
 from pallas_flash.backends.hopper.config import Config, ForwardConfig
+from pallas_flash.backends.hopper.elementwise import written_out
 from pallas_flash.backends.hopper.forward_storage import (
     REDUCTION_SCRATCH_BYTES,
     WG_ROWS,
     Storage,
     query_columns,
     storage,
+    tiling,
     value_columns,
 )
+from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, load_matrices
+from pallas_flash.backends.hopper.scores import Part
 from pallas_flash.backends.hopper.storage import (
     LN_2,
     LOG2_E,
-    MATRIX,
     constant_per_row,
     load_accumulator,
-    mask_with_scalars,
     padded,
     read_scalar,
     round_up,
@@ -62,7 +65,7 @@ class Inputs(NamedTuple):
 
     q, k, v: [B, T, H, D], padded where TMA needs it. tiles: [blocks, rounds, fields] int32 and
     num_tiles: [blocks] int32, see assignment.py. schedule: [B or 1, Hq or 1, num_q_tiles, 4] int32
-    if it is known at run time only, else None. mask_leaves: the mask's arrays.
+    if it is known at run time only, else None. terms: the arrays of mask, score mod and dropout.
     """
 
     q: Any
@@ -71,7 +74,7 @@ class Inputs(NamedTuple):
     tiles: Any
     num_tiles: Any
     schedule: Any
-    mask_leaves: Any
+    terms: Terms
 
 
 Edges = tuple[Any, Any, Any, Any]
@@ -141,6 +144,10 @@ class Kernel:
     lse_gmem: Any
     smem: Storage
 
+    @property
+    def tiling(self) -> Tiling:
+        return tiling(self.spec, self.config)
+
     def stage(self, step: Any) -> Any:
         """Where in SMEM the keys or values of a step lie, counted over all tiles of a block."""
         return lax.rem(step, jnp.int32(self.config.num_stages))
@@ -148,7 +155,6 @@ class Kernel:
 
 def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[Any, Any]:
     """out [B, Tq, Hq, Dv] in q's dtype and lse [B, Hq, Tq] float32, natural log."""
-    assert spec.score_mod is None, "refused by the Hopper backend"
     tiles, mask = config.forward, operands.mask
     columns, v_columns = query_columns(spec), value_columns(spec, tiles.block_kv)
     walk, schedule = _plan(spec, tiles, mask)
@@ -165,7 +171,7 @@ def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[An
         tiles=jnp.asarray(assigned),
         num_tiles=jnp.asarray((assigned[..., assignment.BATCH] >= 0).sum(1), jnp.int32),
         schedule=None if is_known else schedule,
-        mask_leaves=tuple(x.astype(jnp.int32) for x in jax.tree.leaves(mask)),
+        terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
     )
     out, lse = _launch(spec, tiles, walk, inputs)
     return out[:, : spec.q_len, :, : spec.value_dim], lse[:, :, : spec.q_len]
@@ -297,9 +303,11 @@ def _load(kernel: Kernel) -> None:
         # In the order of their use.
         def load(i, _):
             load_k(i)
+            _load_terms(kernel, tile, first_step + i, i)
             load_v(i - 1)
 
         load_k(jnp.int32(0))
+        _load_terms(kernel, tile, first_step, jnp.int32(0))
         lax.fori_loop(jnp.int32(1), tile.num_steps, load, None)
         load_v(tile.num_steps - 1)
         return first_step + tile.num_steps
@@ -312,6 +320,8 @@ def _load(kernel: Kernel) -> None:
         def _(stage=stage):
             plgpu.barrier_wait(smem.k_free.at[stage])
             plgpu.barrier_wait(smem.v_free.at[stage])
+            if smem.tiles_free is not None:
+                plgpu.barrier_wait(smem.tiles_free.at[stage])
 
 
 class Stream(NamedTuple):
@@ -336,6 +346,22 @@ def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream) -> N
     kv_head = lax.div(tile.q_head, jnp.int32(kernel.spec.group))
     source = window(array, tile.batch, tile.kv_block(i) * tiles.shape[1], kv_head, target)
     plgpu.copy_gmem_to_smem(source, target, ready.at[stage])
+
+
+def _load_terms(kernel: Kernel, tile: Tile, t: Any, i: Any) -> None:
+    """Loads what mask and score mod hold for each score of a tile's step `i`."""
+    smem, config, stage = kernel.smem, kernel.config, kernel.stage(t)
+    if smem.tiles_free is None:
+        return
+
+    @pl.when(t >= config.num_stages)
+    def _():
+        plgpu.barrier_wait(smem.tiles_free.at[stage])
+
+    starts = tile.index * config.block_q, tile.kv_block(i) * config.block_kv
+    place = Place(tile.batch, tile.q_head, *starts)
+    ready = smem.tiles_ready.at[stage]
+    load_matrices(kernel.tiling, kernel.gmem.terms, smem.tiles, stage, place, ready)
 
 
 def _load_q(kernel: Kernel, wg: Any, tile: Tile) -> None:
@@ -381,22 +407,16 @@ def _compute(kernel: Kernel, wg: Any) -> None:
 def _attend(kernel: Kernel, wg: Any, tile: Tile, first_step: Any, acc: Any) -> State:
     """The state after all key blocks of a tile; acc lacks the last one."""
     q_start = tile.index * kernel.config.block_q + wg * WG_ROWS
-    mask = kernel.spec.mask
-    if mask is not None:
-        leaves = kernel.gmem.mask_leaves
-        mask = mask_with_scalars(mask, leaves, kernel.spec.batch, tile.batch, tile.q_head)
 
-    def allowed(i):
-        return _allowed(kernel, mask, q_start, tile.kv_block(i))
+    def scores(i, is_masked):
+        place = Place(tile.batch, tile.q_head, q_start, tile.kv_block(i) * kernel.config.block_kv)
+        shape = WG_ROWS, kernel.config.block_kv
+        return Part.of(kernel.tiling, kernel.gmem.terms, place, shape, is_masked)
 
     def step(i, state, is_masked):
-        mask_scores = partial(allowed, i) if is_masked else None
-        return _step(kernel, wg, first_step + i, state, acc, mask_scores)
+        return _step(kernel, wg, first_step + i, state, acc, scores(i, is_masked))
 
-    zero = jnp.int32(0)
-    state = _first_step(
-        kernel, wg, first_step, None if kernel.walk.starts_full else partial(allowed, zero)
-    )
+    state = _first_step(kernel, wg, first_step, scores(jnp.int32(0), not kernel.walk.starts_full))
     for i, is_masked in enumerate((True, False, True)):
         if kernel.walk.runs[i]:
             # The first step is done.
@@ -418,7 +438,7 @@ def _pass_turn(kernel: Kernel, wg: Any) -> None:
         plgpu.barrier_arrive(kernel.smem.turn.at[following])
 
 
-def _first_step(kernel: Kernel, wg: Any, t: Any, allowed: Any) -> State:
+def _first_step(kernel: Kernel, wg: Any, t: Any, part: Part) -> State:
     """The state after a tile's first key block; `t` counts the steps of all tiles."""
     smem, stage = kernel.smem, kernel.stage(t)
     nothing = State(
@@ -432,14 +452,14 @@ def _first_step(kernel: Kernel, wg: Any, t: Any, allowed: Any) -> State:
         _pass_turn(kernel, wg)
         s = load_accumulator(s_acc, wait_n=0)
         plgpu.barrier_arrive(smem.k_free.at[stage])
-        state, _ = _softmax(kernel, s, nothing, allowed)
+        state, _ = _softmax(kernel, wg, stage, s, nothing, part)
         return state._replace(p=state.p.astype(kernel.spec.dtype))
 
     return pl.run_scoped(product, plgpu.ACC((WG_ROWS, smem.k.shape[1]), jnp.float32))
 
 
-def _step(kernel: Kernel, wg: Any, t: Any, state: State, acc: Any, allowed: Any) -> State:
-    """The state after one more key block. allowed: makes the mask of the block, or None.
+def _step(kernel: Kernel, wg: Any, t: Any, state: State, acc: Any, part: Part) -> State:
+    """The state after one more key block.
 
     While the softmax of this block is computed the P of the one before is multiplied with its V
     (FlashAttention-3, section 3.2).
@@ -455,7 +475,7 @@ def _step(kernel: Kernel, wg: Any, t: Any, state: State, acc: Any, allowed: Any)
         _pass_turn(kernel, wg)
         s = load_accumulator(s_acc, wait_n=1)
         plgpu.barrier_arrive(smem.k_free.at[k_stage])
-        new, alpha = _softmax(kernel, s, state, allowed)
+        new, alpha = _softmax(kernel, wg, k_stage, s, state, part)
         out = load_accumulator(acc, wait_n=0)
         plgpu.barrier_arrive(smem.v_free.at[v_stage])
         acc[...] = out * widen_rows(alpha, out.shape)
@@ -475,35 +495,55 @@ def _multiply_last(kernel: Kernel, tile: Tile, first_step: Any, state: State, ac
     plgpu.barrier_arrive(smem.v_free.at[stage])
 
 
-def _softmax(kernel: Kernel, s: Any, state: State, allowed: Any) -> tuple[State, Any]:
+def _softmax(
+    kernel: Kernel, wg: Any, stage: Any, s: Any, state: State, part: Part
+) -> tuple[State, Any]:
     """The state with raw scores s [64, block_kv], p in float32, and what older sums shrink by."""
-    to_log2 = kernel.spec.scale * LOG2_E
-    if to_log2 <= 0:
-        # The maximum could not be taken before the scale.
-        s, to_log2 = s * to_log2, 1.0
-    if allowed is not None:
-        s = jnp.where(allowed(), s, -jnp.inf)
+    terms = _terms(kernel, wg, stage, part)
+    s, to_log2 = _logits(kernel, part, terms, s)
     m_log2 = jnp.maximum(state.m_log2, s.max(axis=1) * to_log2)
     shift = m_log2
-    if allowed is not None:
+    if part.is_masked or kernel.spec.score_mod is not None:
         # A row that has met no key yet: -inf - -inf would be NaN.
         shift = jnp.where(m_log2 == -jnp.inf, 0.0, m_log2)
     alpha = jnp.exp2(state.m_log2 - shift)
     p = jnp.exp2(s * to_log2 - widen_rows(shift, s.shape))
     l = state.l * alpha + p.sum(axis=1)  # noqa: E741
-    return lax.optimization_barrier((State(m_log2, l, p), alpha))
+    return lax.optimization_barrier((State(m_log2, l, part.drop(p)), alpha))
 
 
-def _allowed(kernel: Kernel, mask: Mask | None, q_start: Any, kv_block: Any) -> Any:
-    """Which scores of a block count: [64, block_kv] bool."""
-    block_kv, kv_len = kernel.config.block_kv, kernel.spec.kv_len
-    shape = (WG_ROWS, block_kv)
-    kv_pos = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX) + kv_block * block_kv
-    if mask is None:
-        return kv_pos < kv_len
-    q_pos = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX) + q_start
-    allowed = mask.allowed(q_pos, kv_pos)
-    return allowed & (kv_pos < kv_len) if kv_len % block_kv else allowed
+def _terms(kernel: Kernel, wg: Any, stage: Any, part: Part) -> Terms:
+    """The terms of a part of a tile; frees the stage of their matrices."""
+    smem = kernel.smem
+    if smem.tiles_ready is not None:
+        plgpu.barrier_wait(smem.tiles_ready.at[stage])
+    own = pl.ds(wg * WG_ROWS, WG_ROWS)
+    terms = part.terms(jax.tree.map(lambda tile: tile.at[stage, own], smem.tiles))
+    if smem.tiles_ready is not None:
+        # Read by ordinary loads, overwritten by TMA.
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(smem.tiles_free.at[stage])
+    return terms
+
+
+def _logits(kernel: Kernel, part: Part, terms: Terms, s: Any) -> tuple[Any, float]:
+    """Scores, -inf where they do not count, and the factor that takes them to base 2."""
+    spec, block_kv = kernel.spec, kernel.config.block_kv
+    to_log2 = spec.scale * LOG2_E
+    if spec.score_mod is not None:
+        modified = partial(meaning.logits, scale=spec.scale)
+        s = written_out(modified)(s, *part.positions(), score_mod=terms.score_mod)
+        to_log2 = LOG2_E
+    elif to_log2 <= 0:
+        # The maximum could not be taken before the scale.
+        s, to_log2 = s * to_log2, 1.0
+    if part.is_masked:
+        allowed = part.allowed(terms)
+        if allowed is None or spec.kv_len % block_kv:
+            inside = part.positions()[1] < spec.kv_len
+            allowed = inside if allowed is None else allowed & inside
+        s = jnp.where(allowed, s, -jnp.inf)
+    return s, to_log2
 
 
 def _finish(kernel: Kernel, wg: Any, tile: Tile, state: State, acc: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_flash.backends.hopper.operands import Terms, Tiling, in_smem, num_matrices
 from pallas_flash.backends.hopper.storage import (
     SHARED_MEMORY_LIMIT,
     Columns,
@@ -14,6 +15,7 @@ from pallas_flash.backends.hopper.storage import (
     tma_can_tile,
 )
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.terms import Q
 
 # Queries of a consumer warpgroup: the rows of one wgmma.
 WG_ROWS = 64
@@ -26,7 +28,8 @@ class Storage(NamedTuple):
 
     The leading axis of q, out and lse counts warpgroups, that of k and v stages. `out` is None
     where there is no room, and the result is staged in the tile of q. `turn` orders the warpgroups'
-    use of the matrix units, or is None.
+    use of the matrix units, or is None. tiles: those of masks' and score mods' arrays that are
+    matrices, with a stage for each of k's; their barriers are None where there are none.
     """
 
     q: Any
@@ -40,6 +43,9 @@ class Storage(NamedTuple):
     k_free: Any
     v_free: Any
     turn: Any
+    tiles: Terms
+    tiles_ready: Any
+    tiles_free: Any
 
 
 def query_columns(spec: AttentionSpec) -> Columns:
@@ -54,10 +60,16 @@ def value_columns(spec: AttentionSpec, block_kv: int) -> Columns:
     )
 
 
+def tiling(spec: AttentionSpec, config: Any) -> Tiling:
+    """How the scores are cut into tiles: queries along rows."""
+    return Tiling(spec, Q, config.block_q, config.block_kv)
+
+
 def storage(spec: AttentionSpec, config: Any) -> Storage:
     """The scratch types of a block."""
     wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
     qk, vo = query_columns(spec), value_columns(spec, block_kv)
+    matrices = num_matrices(spec)
     separate = Storage(
         q=tiled((wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
         k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
@@ -70,6 +82,9 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         turn=plgpu.Barrier(num_barriers=wgs) if config.takes_turns else None,
+        tiles=in_smem(tiling(spec, config), stages),
+        tiles_ready=plgpu.Barrier(num_arrivals=matrices, num_barriers=stages) if matrices else None,
+        tiles_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages) if matrices else None,
     )
     out_fits_q = vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
     if out_fits_q and shared_memory_bytes(separate) + REDUCTION_SCRATCH_BYTES > SHARED_MEMORY_LIMIT:

@@ -1,8 +1,7 @@
-"""What the Hopper kernels share: how tiles lie in memory, products, and the numbers of a mask."""
+"""What the Hopper kernels share: how tiles lie in memory, products, and schedules."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from jax import lax
 
 from pallas_flash.masks import BlockKind, Mask
 from pallas_flash.masks.schedule import Blocks, block_kinds
-from pallas_flash.terms import BATCH, HEADS, map_operands
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -157,35 +155,10 @@ def widen_rows(row: Any, shape: tuple[int, int]) -> Any:
 
 
 def read_scalar(ref: Any, *index: Any) -> Any:
-    """One integer of an array in GMEM."""
+    """One number of an array in GMEM."""
     # Inside shard_map an array in GMEM varies over the mesh in its type, and what a kernel computes
     # does not: the sum takes that off, or else no loop could start from the number.
-    return ref[index] + jnp.int32(0)
-
-
-def mask_with_scalars(
-    mask: Mask, leaf_refs: Sequence[Any], batch_size: int, batch: Any, head: Any
-) -> Mask:
-    """A mask with every array replaced by its number for one row of the batch and one query head.
-
-    mask: with shapes in place of arrays; leaf_refs: the arrays in GMEM, over batch (and heads).
-    """
-    refs = iter(leaf_refs)
-
-    def read(described, axes):
-        where = {BATCH: batch, HEADS: head}
-        index = []
-        for axis, size in zip(axes, described.shape, strict=True):
-            assert axis in where, f"a mask array over {axis!r} needs tiles, not scalars"
-            if size == 1:
-                index.append(batch * 0)
-            elif axis == BATCH:
-                index.append(lax.div(batch, jnp.int32(batch_size // size)))
-            else:
-                index.append(head)
-        return read_scalar(next(refs), *index)
-
-    return map_operands(read, mask)
+    return ref[index] + jnp.zeros((), ref.dtype)
 
 
 def schedule_bound(schedule: Any, batch: Any, head: Any, tile: Any, column: int) -> Any:

@@ -1,0 +1,111 @@
+"""Elementwise functions (masks, score mods, their derivatives) in operations that a kernel has.
+
+A function is traced to a program, and the program is written into the kernel operation by
+operation: calls are opened, and what Mosaic GPU lacks is said in other words.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+
+def _floor(x: Any, **_: Any) -> Any:
+    nearest = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
+    return jnp.where(nearest > x, nearest - 1, nearest)
+
+
+def _integer_pow(x: Any, *, y: int) -> Any:
+    if y == 0:
+        return jnp.ones_like(x)
+    return 1 / lax.integer_pow(x, -y) if y < 0 else lax.integer_pow(x, y)
+
+
+def _not(x: Any) -> Any:
+    # Warpgroup semantics has no bitwise not of one bit.
+    return x == False if x.dtype == jnp.bool_ else lax.bitwise_not(x)  # noqa: E712
+
+
+# What is said in other words.
+_REWRITTEN: dict[str, Callable[..., Any]] = {
+    "add_any": lambda x, y: x + y,
+    "ceil": lambda x, **_: -_floor(-x),
+    "copy": lambda x: x,
+    "copy_p": lambda x: x,
+    "floor": _floor,
+    "integer_pow": _integer_pow,
+    "is_finite": lambda x: jnp.abs(x) < jnp.inf,
+    "not": _not,
+}
+# What both lowerings of Mosaic GPU have, elementwise, from JAX 0.11.2 on.
+_LOWERED = frozenset(
+    name
+    for names in (
+        "abs add and bitcast_convert_type broadcast_in_dim clamp convert_element_type cos div eq",
+        "exp exp2 ge gt le log log2 logistic lt max min mul ne neg one_minus_square or rem reshape",
+        "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sqrt",
+        "square squeeze sub tanh xor",
+    )
+    for name in names.split()
+)
+# Where a call keeps the program that it calls.
+_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def _called(equation: Any) -> tuple[Any, Any] | None:
+    """The program that an equation calls and its constants, or None."""
+    if equation.primitive.name in ("cond", "scan", "while"):
+        return None
+    for name in _CALLED:
+        inner = equation.params.get(name)
+        if inner is not None:
+            return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+    return None
+
+
+def written_out[T](function: Callable[..., T]) -> Callable[..., T]:
+    """The same elementwise function of arrays, in operations that a kernel has."""
+
+    def write(*args: Any, **keywords: Any) -> T:
+        program, shape = jax.make_jaxpr(function, return_shape=True)(*args, **keywords)
+        results = _write(program.jaxpr, program.consts, jax.tree.leaves((args, keywords)))
+        return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+    return write
+
+
+def _write(program: Any, consts: Any, args: Any) -> list[Any]:
+    values = dict(zip((*program.constvars, *program.invars), (*consts, *args), strict=True))
+
+    def read(variable: Any) -> Any:
+        return variable.val if isinstance(variable, core.Literal) else values[variable]
+
+    for equation in program.eqns:
+        inputs = [read(variable) for variable in equation.invars]
+        inner = _called(equation)
+        if inner is not None:
+            results = _write(*inner, inputs)
+        elif rewrite := _REWRITTEN.get(equation.primitive.name):
+            results = [rewrite(*inputs, **equation.params)]
+        else:
+            results = equation.primitive.bind(*inputs, **equation.params)
+            results = results if equation.primitive.multiple_results else [results]
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(variable) for variable in program.outvars]
+
+
+def missing_operations(function: Callable[..., Any], *args: Any) -> list[str]:
+    """The names of the operations in a function that a kernel does not have."""
+
+    def names(program: Any) -> Iterator[str]:
+        for equation in program.eqns:
+            inner = _called(equation)
+            if inner is not None:
+                yield from names(inner[0])
+            elif equation.primitive.name not in _LOWERED | _REWRITTEN.keys():
+                yield equation.primitive.name
+
+    return sorted(set(names(jax.make_jaxpr(function)(*args).jaxpr)))

@@ -1,0 +1,130 @@
+"""Masks, score mods and dropout that Hopper kernels are tested with, alone and together."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import oracle
+import pallas_flash as pf
+from conftest import MASKS, SCORE_MODS, Score, Sizes, normal, qkv
+from tolerance import assert_as_good_as_plain
+
+KEY = jax.random.key(5)
+SMALL = Sizes(2, 70, 140, 2, 1, 32, 32)
+WIDE = SMALL._replace(batch=1, head_dim=144, value_dim=24)
+
+
+class Case(NamedTuple):
+    """Names in MASKS and SCORE_MODS, a rate of dropout."""
+
+    mask: str = "none"
+    score: str = "none"
+    rate: float = 0.0
+    sizes: Sizes = SMALL
+
+
+# The kernels' own tests have masks without arrays, and lengths.
+CASES = {
+    "segments": Case("segments"),
+    "causal-segments": Case("causal-segments"),
+    "segments-in-any-order": Case("segments-in-any-order"),
+    "dense": Case("dense"),
+    "dense-keys-and-causal": Case("dense-keys-and-causal"),
+    "not-causal-or-dense": Case("not-causal-or-dense"),
+    "mask-mod": Case("mask-mod"),
+    "softcap": Case("causal", "softcap"),
+    "bias": Case("none", "bias"),
+    "bias-of-heads": Case("window", "bias-of-heads"),
+    "bias-of-keys": Case("none", "bias-of-keys"),
+    "softcap-then-bias": Case("causal-segments", "softcap-then-bias"),
+    "shared-bias-and-keys": Case("dense-keys-and-causal", "bias-of-pairs"),
+    "alibi": Case("causal", "alibi"),
+    "relative-bias": Case("none", "relative-bias"),
+    "relative-bias-causal": Case("causal-and-lengths", "relative-bias-causal"),
+    "dropout": Case(rate=0.3),
+    "dropout-segments-bias": Case("causal-segments", "bias", 0.2),
+    "wide-softcap-dropout-segments": Case("causal-segments", "softcap", 0.2, WIDE),
+    "wide-function-of-score": Case("mask-mod", "gated", 0.0, WIDE),
+    "function": Case("causal", "gains", 0.1),
+}
+
+
+def _gated(s, q_pos, kv_pos):
+    """Uses the score three times."""
+    return jnp.where(s > 0, jax.nn.silu(s), 0.1 * s * s)
+
+
+def _gained(s, q_pos, kv_pos, gain, shift, is_gated):
+    gated = _gated(s, q_pos, kv_pos)
+    return jnp.where(is_gated > 0, gated, s) * gain + shift * (q_pos - kv_pos).astype(s.dtype)
+
+
+def _gains(z):
+    q, k = np.arange(z.q_len)[:, None], np.arange(z.kv_len)[None, :]
+    is_gated = np.arange(z.batch).reshape(-1, 1, 1, 1) % 2
+    gain = jnp.linspace(0.5, 1.5, z.num_q_heads).reshape(-1, 1, 1)
+    return Score(
+        normal(4, z.batch, 1, 1, z.kv_len),
+        lambda a: pf.ScoreFunction(_gained, gain, a * 0.1, jnp.asarray(is_gated)),
+        lambda s, a: _gained(s, q, k, gain, a * 0.1, is_gated),
+    )
+
+
+SCORES = SCORE_MODS | {
+    "bias-of-pairs": lambda z: Score(
+        normal(4, 1, z.num_q_heads, z.q_len, z.kv_len), pf.Bias, lambda s, a: s + a
+    ),
+    "gated": lambda z: Score(
+        jnp.zeros(()), lambda a: pf.ScoreFunction(_gated), lambda s, a: _gated(s, None, None)
+    ),
+    "gains": _gains,
+}
+
+
+def inputs(z: Sizes, score: Score) -> tuple[list[Any], tuple[Any, Any]]:
+    """q, k, v and the score's array; cotangents of out and lse."""
+    dout = normal(5, z.batch, z.q_len, z.num_q_heads, z.value_dim, dtype=jnp.bfloat16)
+    dlse = normal(6, z.batch, z.num_q_heads, z.q_len)
+    return [*qkv(z, jnp.bfloat16), score.array], (dout, dlse)
+
+
+def attention(of: Any, case: Case, allowed: Any, score: Score) -> Any:
+    """q, k, v, array -> out and lse by a function of the oracle's."""
+    z, keep = case.sizes, None
+    if case.rate:
+        keep = pf.Dropout(case.rate, KEY).keep_mask(z.batch, z.num_q_heads, z.q_len, z.kv_len)
+        keep = np.asarray(keep) / (1 - case.rate)
+
+    def function(q, k, v, array):
+        change = lambda s: score.change(s, array)  # noqa: E731
+        out, lse = of(q, k, v, allowed=allowed, change=change, keep=keep)
+        return out, jnp.where(lse == -jnp.inf, 0.0, lse)
+
+    return function
+
+
+def judge(case: Case, ours: Any, record: Any = lambda name, error: None) -> None:
+    """Compares out, lse (0 for -inf) and the gradients of q, k, v and the score's array.
+
+    With the float64 oracle, allowing for what plain attention in bfloat16 makes of it.
+    """
+    _, allowed = MASKS[case.mask](case.sizes)
+    score = SCORES[case.score](case.sizes)
+    arrays, cotangents = inputs(case.sizes, score)
+    allowed = True if allowed is None else allowed
+    exact = attention(oracle.attention, case, allowed, score)
+    truth = oracle.with_gradients(arrays, cotangents, exact)
+    plain = attention(oracle.plain_attention_with_lse, case, allowed, score)
+    results, vjp = jax.vjp(jax.jit(plain), *arrays)
+    low = [*results, *vjp(cotangents)]
+    names = ("out", "lse", "dq", "dk", "dv", "d_array")
+    for name, a, b, c in zip(names, ours, low, (*truth[0], *truth[1]), strict=True):
+        record(f"error_{name}", float(np.abs(np.asarray(a, np.float64) - np.asarray(c)).max()))
+        if name == "lse":
+            np.testing.assert_allclose(a, c, rtol=0, atol=2e-5)
+        else:
+            # delta is made of `out` in q's precision, so no gradient is more precise than that.
+            a = a.astype(jnp.bfloat16)
+            assert_as_good_as_plain(a, b, c, name, factor=2.0 if name == "out" else 3.0)
