@@ -1,7 +1,10 @@
 """Dropout of attention probabilities, from bits that need no memory.
 
-Whether a probability is kept is a hash of (seed of its batch row and head, query position, key
-position): any tile of any backend computes its own bits, forward and backward, and all agree.
+Every query and every key of a batch row and head gets a random odd number, a hash of its seed and
+position; a probability is kept where the product of its two numbers, modulo 2**32, reaches a
+threshold. So any tile of any backend computes its own bits, forward and backward, and all agree.
+The products of random odd numbers are uniform, and those of two queries are correlated only if the
+queries' ratio modulo 2**32 is a fraction of small numbers, which hardly ever happens.
 """
 
 from typing import Any
@@ -72,33 +75,35 @@ class KeepBits:
     rate: float
     seeds: jax.Array = operand("batch", "heads", dtype=jnp.unsignedinteger)
 
+    @property
+    def factor(self) -> float:
+        """What kept probabilities are multiplied with."""
+        return 1.0 / (1.0 - self.rate)
+
     def keep(self, q_pos: Any, kv_pos: Any) -> Any:
         """Which probabilities are kept, elementwise over int32 positions."""
-        return self._keep(self.of_queries(q_pos), self.of_keys(kv_pos))
+        return self.meet(self.of_queries(q_pos), self.of_keys(kv_pos))
 
     def of_queries(self, q_pos: Any) -> Any:
-        """The hash of query positions, uint32: once for a row, however many keys it has."""
-        return _mix(q_pos.astype(jnp.uint32) ^ self.seeds)
+        """An odd number for every query, uint32."""
+        return _mix(q_pos.astype(jnp.uint32) ^ self.seeds) | jnp.uint32(1)
 
     def of_keys(self, kv_pos: Any) -> Any:
-        """The hash of key positions, uint32."""
-        return kv_pos.astype(jnp.uint32) * jnp.uint32(KEY_STEP)
+        """An odd number for every key, uint32."""
+        return _mix(kv_pos.astype(jnp.uint32) ^ ~self.seeds) | jnp.uint32(1)
 
-    def _keep(self, of_query: Any, of_key: Any) -> Any:
+    def meet(self, of_query: Any, of_key: Any) -> Any:
+        """Which probabilities are kept, from the numbers of their query and their key.
+
+        Products modulo 2**32 of random odd numbers: one operation for each element, where a hash
+        of its own would take a GPU longer than all else that happens to a score.
+        """
         threshold = min(round(self.rate * 2**32), 2**32 - 1)
-        return _mix(of_query ^ of_key) >= jnp.uint32(threshold)
-
-    def drop(self, p: Any, of_query: Any, of_key: Any) -> Any:
-        """Probabilities, or their gradients, after dropout, from the hashes of their positions."""
-        return jnp.where(self._keep(of_query, of_key), p * (1.0 / (1.0 - self.rate)), 0)
+        return of_query * of_key >= jnp.uint32(threshold)
 
     def apply(self, p: Any, q_pos: Any, kv_pos: Any) -> Any:
         """Probabilities, or their gradients, after dropout."""
-        return self.drop(p, self.of_queries(q_pos), self.of_keys(kv_pos))
-
-
-# 2**32 over the golden ratio, odd: neighbouring keys are set far apart, no two have one hash.
-KEY_STEP = 0x9E3779B9
+        return jnp.where(self.keep(q_pos, kv_pos), p * self.factor, 0)
 
 
 def _mix(x: Any) -> Any:

@@ -125,6 +125,7 @@ def judge(case: Case, ours: Any, record: Any = lambda name, error: None) -> None
         if name == "lse":
             np.testing.assert_allclose(a, c, rtol=0, atol=2e-5)
         else:
-            # delta is made of `out` in q's precision, so no gradient is more precise than that.
-            a = a.astype(jnp.bfloat16)
-            assert_as_good_as_plain(a, b, c, name, factor=2.0 if name == "out" else 3.0)
+            # delta is made of `out` in q's precision. What rounding that leaves in dS is seen where
+            # dS itself is a gradient, or a sum of many, and not a product in q's precision.
+            factors = {"out": (2.0, 1.1), "d_array": (3.0, 3.0)}.get(name, (3.0, 1.1))
+            assert_as_good_as_plain(a.astype(jnp.bfloat16), b, c, name, *factors)

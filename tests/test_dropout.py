@@ -72,7 +72,8 @@ def test_bits_are_known():
 
     mask = pf.Dropout(0.5, KEY).keep_mask(1, 2, 3, 4)
     for h, i, j in np.ndindex(2, 3, 4):
-        value = mix(mix(int(seeds[0, h]) ^ i) ^ (j * 0x9E3779B9 % 2**32))
+        seed = int(seeds[0, h])
+        value = (mix(seed ^ i) | 1) * (mix(j ^ ~seed % 2**32) | 1) % 2**32
         assert mask[0, h, i, j] == (value >= 2**31)
 
 
@@ -187,8 +188,5 @@ def test_what_is_refused():
             pf.flash_attention(q, k, v, dropout=pf.Dropout(0.5, key))
     with pytest.raises(TypeError, match=r"dropout must be Dropout\(rate, key\) or None, got float"):
         pf.flash_attention(q, k, v, dropout=0.5)
-    narrow = [x.astype(jnp.bfloat16) for x in (q, k, v[..., :16])]
-    reason = pf.explain_backends(*narrow, dropout=pf.Dropout(0.5, KEY))["hopper"]
-    assert reason == "dropout is not in the Hopper kernels yet"
     with pytest.raises(ValueError, match="jax.nn, which does not take dropout"):
         pf.dot_product_attention(q, k, v, implementation="cudnn", dropout=pf.Dropout(0.5, KEY))

@@ -1,5 +1,6 @@
 """How the Hopper forward shares tiles out among thread blocks."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,30 +19,35 @@ def own_tiles(table: np.ndarray) -> np.ndarray:
     return table[table[..., BATCH] >= 0]
 
 
-@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 3, 5), (4, 16, 32)])
-def test_every_tile_is_given_out_once_with_its_edges(sizes, known):
-    edges = causal_edges(*sizes)
-    tiles = own_tiles(assignment.table(edges, 4, known))
+def test_every_tile_is_given_out_once_with_its_edges(sizes):
+    assert_given_out_once(assignment.table(causal_edges(*sizes), 4), causal_edges(*sizes))
+
+
+@pytest.mark.parametrize("of", [(1, 1), (4, 1), (1, 16), (4, 16)], ids=str)
+def test_tiles_that_are_known_at_run_time_are_given_out_once(of):
+    rng = np.random.default_rng(0)
+    edges = np.sort(rng.integers(0, 40, (*of, 33, 4)), axis=-1)
+    table = jax.jit(assignment.table_at_run_time, static_argnums=(1, 2))(edges, 4, 16)
+    assert_given_out_once(np.asarray(table), np.broadcast_to(edges, (4, 16, 33, 4)))
+    steps = np.where(table[..., BATCH] >= 0, np.maximum(table[..., 6] - table[..., 3], 1), 0)
+    assert len(table) == assignment.NUM_BLOCKS
+    assert steps.sum(1).max() < 1.05 * steps.sum(1).mean()
+    # The longest first.
+    assert (np.diff(steps, axis=1) <= 0).all()
+
+
+def assert_given_out_once(table, edges):
+    tiles = own_tiles(table)
     where = tiles[:, BATCH], tiles[:, HEAD], tiles[:, TILE]
-    assert len(tiles) == np.prod(sizes) == len(set(zip(*where, strict=True)))
+    assert len(tiles) == np.prod(edges.shape[:3]) == len(set(zip(*where, strict=True)))
     np.testing.assert_array_equal(tiles[:, EDGES], edges[where])
-
-
-def test_every_list_of_tiles_ends():
-    assert (assignment.table(causal_edges(2, 3, 5), 4, True)[:, -1] == -1).all()
-
-
-def test_tiles_of_unknown_length_have_a_block_each():
-    table = assignment.table(causal_edges(4, 16, 32), 4, False)
-    assert table.shape[:2] == (4 * 16 * 32, 2)
-    # Group by group of heads, in each the last queries first.
-    assert table[:5, 0, TILE].tolist() == [31, 31, 31, 31, 30]
-    assert table[:5, 0, HEAD].tolist() == [0, 1, 2, 3, 0]
+    # Every list of tiles ends.
+    assert (table[:, -1] == -1).all()
 
 
 def test_blocks_are_busy_for_about_equally_long():
-    table = assignment.table(causal_edges(16, 16, 8), 32, True)
+    table = assignment.table(causal_edges(16, 16, 8), 32)
     assert len(table) == assignment.NUM_BLOCKS
     steps = np.where(table[..., BATCH] >= 0, table[..., 6] - table[..., 3] + 0.5, 0).sum(1)
     assert steps.max() < 1.05 * steps.mean()
@@ -49,5 +55,5 @@ def test_blocks_are_busy_for_about_equally_long():
 
 def test_no_block_is_idle(monkeypatch):
     monkeypatch.setattr(assignment, "NUM_BLOCKS", 7)
-    assert len(assignment.table(causal_edges(1, 1, 3), 1, True)) == 3
-    assert len(assignment.table(causal_edges(1, 1, 30), 1, True)) == 7
+    assert len(assignment.table(causal_edges(1, 1, 3), 1)) == 3
+    assert len(assignment.table(causal_edges(1, 1, 30), 1)) == 7

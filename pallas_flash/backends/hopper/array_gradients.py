@@ -116,15 +116,16 @@ def add(
 
     place: of the whole tile; found: the gradients [64, block_q] of this warpgroup's keys.
     """
-    new, matrix = [], 0
+    new: list[Any] = []
+    matrix = 0
     for leaf, x in zip(leaves(tiling.spec), found, strict=True):
         if not leaf.kind.needs_smem:
             new.append(sums[len(new)] + x.sum(axis=1))
             continue
         staging, array = smem.matrices[matrix].at[wg], gmem.matrices[matrix]
         matrix += 1
-        # The adds before have read it.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        # The adds before have read it: those of this step so far, and dQ of the step before.
+        plgpu.wait_smem_to_gmem(len(smem.matrices), wait_read_only=True)
         staging[...] = x
         plgpu.commit_smem()
         batch, head, rows, columns = matrix_part(tiling, leaf, place)

@@ -33,6 +33,7 @@ from pallas_flash.backends.hopper.backward_storage import (
 )
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.operands import Terms
+from pallas_flash.backends.hopper.padding import without_unused
 from pallas_flash.backends.hopper.storage import LOG2_E, locate, padded, round_up, tma_rows
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
 from pallas_flash.spec import AttentionSpec, Operands
@@ -59,21 +60,20 @@ def backward(
     tiles = config.backward
     qk, vo = query_columns(spec, tiles), value_columns(spec)
     runs, schedule = _schedule(spec, tiles, operands.mask)
-    q, dout = operands.q, dout.astype(spec.dtype)
-    if may_hold_padding(spec):
-        q, dout = _without_unused_rows(lse, q, dout)
+    # P and dS are 0 there, but 0 * NaN would reach dK and dV.
+    unused = lse == -jnp.inf if may_hold_padding(spec) else None
     lse_log2, delta = _per_query_terms(lse, delta, tiles.block_q)
     inputs = GlobalRefs(
-        q=padded(q, qk),
+        q=without_unused(padded(operands.q, qk), unused, qk, tiles.block_q),
         k=padded(operands.k, qk),
         v=padded(operands.v, vo),
-        dout=padded(dout, vo),
+        dout=without_unused(padded(dout.astype(spec.dtype), vo), unused, vo, tiles.block_q),
         lse_log2=lse_log2,
         delta=delta,
         schedule=schedule,
         terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
         dq_acc=None,
-        gradients=None,
+        gradients=array_gradients.Refs(None, ()),
     )
     dq_acc, dk, dv, of_arrays = _launch(spec, tiles, runs, inputs)
     dq = (dq_acc[:, : spec.q_len, :, : spec.head_dim] * spec.scale).astype(spec.dtype)
@@ -101,12 +101,6 @@ def _per_query_terms(lse: Any, delta: Any, block_q: int) -> tuple[Any, Any]:
     pad = ((0, 0), (0, 0), (0, rows))
     lse_log2 = jnp.where(lse == -jnp.inf, jnp.inf, lse * LOG2_E)
     return jnp.pad(lse_log2, pad, constant_values=jnp.inf), jnp.pad(delta, pad)
-
-
-def _without_unused_rows(lse: Any, *arrays: Any) -> list[Any]:
-    """[B, Tq, Hq, D] with zeros in rows that attend to nothing: 0 * NaN would reach dK and dV."""
-    is_used = (lse != -jnp.inf).swapaxes(1, 2)[..., None]
-    return [jnp.where(is_used, x, jnp.zeros_like(x)) for x in arrays]
 
 
 def _launch(

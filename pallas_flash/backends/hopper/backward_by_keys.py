@@ -29,6 +29,7 @@ from pallas_flash.backends.hopper.backward_common import (
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, WG_KEYS, dq_part
+from pallas_flash.backends.hopper.scores import dropout_factor
 from pallas_flash.backends.hopper.storage import load_accumulator, window
 
 
@@ -55,7 +56,7 @@ def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
         )
     )
     # Only this warpgroup read these rows of V.
-    _store(kernel, wg, dv, smem.v.at[own], dv_gmem)
+    _store(kernel, wg, dv * dropout_factor(kernel.spec), smem.v.at[own], dv_gmem)
     # K was read by both, in dQ.
     plgpu.barrier_arrive(smem.k_read)
     plgpu.barrier_wait(smem.k_read)
@@ -116,7 +117,7 @@ def _step(
             lse_log2 = per_query(smem.lse_log2.at[q_slot])
         terms = scores_terms(kernel, t, part, own)
         weights = probabilities(kernel, part, terms, s, lse_log2)
-        plgpu.wgmma(dv_acc, part.drop(weights.p).astype(kernel.spec.dtype), dout_smem)
+        plgpu.wgmma(dv_acc, part.keep(weights.p).astype(kernel.spec.dtype), dout_smem)
         dp = load_accumulator(dp_acc, wait_n=1)
         delta = per_query(smem.delta.at[dout_slot])
         ds, of_arrays = score_gradients(part, weights, dp, delta)

@@ -29,6 +29,7 @@ from pallas_flash.backends.hopper.backward_common import (
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part
+from pallas_flash.backends.hopper.scores import dropout_factor
 from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator, window
 
 
@@ -65,7 +66,7 @@ def _own_dv(kernel: Kernel, dv_gmem: Any) -> None:
     dv = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.v.shape[-1]))
     plgpu.barrier_arrive(smem.k_read)
     # V was last read for dP, before the last `ds_ready`.
-    _store(kernel, dv, smem.v, dv_gmem)
+    _store(kernel, dv * dropout_factor(kernel.spec), smem.v, dv_gmem)
 
 
 def _own_dk(kernel: Kernel, dk_gmem: Any) -> None:
@@ -109,7 +110,7 @@ def _dv_step(
         s = load_accumulator(s_acc, wait_n=0)
         terms = scores_terms(kernel, t, part, pl.ds(0, config.block_kv))
         weights = probabilities(kernel, part, terms, s, lse_log2)
-        p = part.drop(weights.p).astype(kernel.spec.dtype)
+        p = part.keep(weights.p).astype(kernel.spec.dtype)
         return p, weights.scores.astype(kernel.spec.dtype)
 
     p, weight = pl.run_scoped(scores, accumulator(config.block_kv, config.block_q))

@@ -24,7 +24,8 @@ from pallas_flash.backends.hopper.backward_storage import Storage, tiling
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.elementwise import written_out
 from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, load_matrices
-from pallas_flash.backends.hopper.scores import Part, with_weights
+from pallas_flash.backends.hopper.padding import Source
+from pallas_flash.backends.hopper.scores import Part, dropout_factor, with_weights
 from pallas_flash.backends.hopper.storage import (
     LOG2_E,
     MATRIX,
@@ -45,9 +46,10 @@ PRODUCER_REGISTERS, MATH_REGISTERS = 24, 240
 class GlobalRefs(NamedTuple):
     """What a kernel reads and writes in GMEM.
 
-    q, k, v, dout: [B, T, H, D]. lse_log2, delta: [B, Hq, Tq rounded up to block_q] float32.
-    schedule: [B or 1, Hq or 1, num_kv_tiles, 4] int32 or None. terms: the arrays of mask, score mod
-    and dropout. dq_acc: [B, Tq, Hq, D] float32, added to. gradients: of the score mod's arrays.
+    k, v: [B, T, H, D]; q, dout: sources of the same. lse_log2, delta: [B, Hq, Tq rounded up to
+    block_q] float32. schedule: [B or 1, Hq or 1, num_kv_tiles, 4] int32 or None. terms: the arrays
+    of mask, score mod and dropout. dq_acc: [B, Tq, Hq, D] float32, added to. gradients: of the
+    score mod's arrays.
     """
 
     q: Any
@@ -188,7 +190,7 @@ def _edges(kernel: Kernel, q_head: Any) -> tuple[Any, Any, Any, Any]:
 class Stream(NamedTuple):
     """Tiles with a float32 number per query that pass through stages: Q with lse, dO with delta."""
 
-    tile_gmem: Any
+    source: Source
     row_gmem: Any
     tile_smem: Any
     row_smem: Any
@@ -248,8 +250,7 @@ def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any
 
     batch, start = kernel.block.batch, q_tile * kernel.config.block_q
     tile_smem, ready = stream.tile_smem.at[slot], stream.ready.at[slot]
-    part = window(stream.tile_gmem, batch, start, q_head, tile_smem)
-    plgpu.copy_gmem_to_smem(part, tile_smem, ready)
+    stream.source.load(batch, q_head, q_tile, tile_smem, ready)
     row = stream.row_gmem.at[batch, q_head, pl.ds(start, kernel.config.block_q)]
     plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot], ready)
 
@@ -340,7 +341,10 @@ def score_gradients(part: Part, weights: Weights, dp: Any, delta: Any) -> tuple[
 
     0 where P is, since dP is finite there (`scrub`).
     """
-    x = part.drop(dp) - lax.broadcast_in_dim(delta, dp.shape, [1])
+    kept = part.keep(dp)
+    if part.tiling.spec.dropout is not None:
+        kept = kept * dropout_factor(part.tiling.spec)
+    x = kept - lax.broadcast_in_dim(delta, dp.shape, [1])
     return weights.scores * x, [w * x for w in weights.arrays]
 
 
@@ -374,10 +378,12 @@ def add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
         column = column + wg * dq.shape[1]
     else:
         row = row + wg * rows
+    # Later adds of the arrays' gradients may still read theirs.
+    later = num_buffers - 1 + len(kernel.smem.gradients.matrices)
     for i in range(dq.shape[1] // width):
         buffer_smem = staging_smem.at[i % num_buffers]
         # The adds before have read the buffer.
-        plgpu.wait_smem_to_gmem(num_buffers - 1, wait_read_only=True)
+        plgpu.wait_smem_to_gmem(later, wait_read_only=True)
         buffer_smem[...] = dq[:, i * width : (i + 1) * width]
         plgpu.commit_smem()
         part = pl.ds(column + i * width, width)

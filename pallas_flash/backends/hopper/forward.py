@@ -32,7 +32,8 @@ from pallas_flash.backends.hopper.forward_storage import (
     value_columns,
 )
 from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, load_matrices
-from pallas_flash.backends.hopper.scores import Part
+from pallas_flash.backends.hopper.padding import Source, unused_keys, without_unused
+from pallas_flash.backends.hopper.scores import Part, dropout_factor
 from pallas_flash.backends.hopper.storage import (
     LN_2,
     LOG2_E,
@@ -41,10 +42,8 @@ from pallas_flash.backends.hopper.storage import (
     padded,
     read_scalar,
     round_up,
-    schedule_bound,
     widen_rows,
     window,
-    without_padding,
 )
 from pallas_flash.masks import Mask
 from pallas_flash.masks.schedule import Blocks, kv_schedule
@@ -63,9 +62,9 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 class Inputs(NamedTuple):
     """What the kernel reads from GMEM.
 
-    q, k, v: [B, T, H, D], padded where TMA needs it. tiles: [blocks, rounds, fields] int32 and
-    num_tiles: [blocks] int32, see assignment.py. schedule: [B or 1, Hq or 1, num_q_tiles, 4] int32
-    if it is known at run time only, else None. terms: the arrays of mask, score mod and dropout.
+    q: [B, T, H, D], padded where TMA needs it; k, v: sources of the same. tiles: [blocks, rounds,
+    fields] int32 and num_tiles: [blocks] int32, see assignment.py. terms: the arrays of mask, score
+    mod and dropout.
     """
 
     q: Any
@@ -73,7 +72,6 @@ class Inputs(NamedTuple):
     v: Any
     tiles: Any
     num_tiles: Any
-    schedule: Any
     terms: Terms
 
 
@@ -158,19 +156,20 @@ def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[An
     tiles, mask = config.forward, operands.mask
     columns, v_columns = query_columns(spec), value_columns(spec, tiles.block_kv)
     walk, schedule = _plan(spec, tiles, mask)
-    is_known = isinstance(schedule, np.ndarray)
-    num_q_tiles = pl.cdiv(spec.q_len, tiles.block_q)
-    edges = np.broadcast_to(
-        schedule if is_known else 0, (spec.batch, spec.num_q_heads, num_q_tiles, 4)
-    )
-    assigned = assignment.table(edges, tiles.heads_per_group, is_known)
+    heads = spec.batch, spec.num_q_heads
+    if isinstance(schedule, np.ndarray):
+        edges = np.broadcast_to(schedule, (*heads, *schedule.shape[2:]))
+        assigned = jnp.asarray(assignment.table(edges, tiles.heads_per_group))
+    else:
+        assigned = assignment.table_at_run_time(schedule, *heads)
+    # P is 0 there, but its product with V would spread 0 * NaN.
+    unused = unused_keys(mask, spec.batch, spec.q_len, spec.kv_len)
     inputs = Inputs(
         q=padded(operands.q, columns),
-        k=padded(operands.k, columns),
-        v=padded(without_padding(operands.v, mask, spec.q_len), v_columns),
-        tiles=jnp.asarray(assigned),
+        k=Source(padded(operands.k, columns)),
+        v=without_unused(padded(operands.v, v_columns), unused, v_columns, tiles.block_kv),
+        tiles=assigned,
         num_tiles=jnp.asarray((assigned[..., assignment.BATCH] >= 0).sum(1), jnp.int32),
-        schedule=None if is_known else schedule,
         terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
     )
     out, lse = _launch(spec, tiles, walk, inputs)
@@ -231,7 +230,7 @@ def _launch(
     return plgpu.kernel(
         flash_attention_forward,
         out_type=(
-            jax.ShapeDtypeStruct((batch, rows, heads, inputs.v.shape[-1]), spec.dtype),
+            jax.ShapeDtypeStruct((batch, rows, heads, inputs.v.array.shape[-1]), spec.dtype),
             # Whole tiles: a row that ended inside of one would be stored over the next row.
             jax.ShapeDtypeStruct((batch, heads, lse_rows), jnp.float32),
         ),
@@ -267,8 +266,7 @@ def _for_each_tile(kernel: Kernel, body: Callable[[Tile, Any, Any], Any]) -> Any
 
 def _fields(kernel: Kernel, n: Any) -> tuple[Any, ...]:
     """What the table holds of the n-th tile of this block."""
-    has_edges = kernel.walk.edges is None and kernel.gmem.schedule is None
-    fields = range(assignment.NUM_FIELDS if has_edges else assignment.EDGES.start)
+    fields = range(assignment.NUM_FIELDS if kernel.walk.edges is None else assignment.EDGES.start)
     return tuple(
         read_scalar(kernel.gmem.tiles, lax.axis_index("block"), n, field) for field in fields
     )
@@ -278,11 +276,8 @@ def _tile(kernel: Kernel, fields: tuple[Any, ...]) -> Tile:
     batch, q_head, index = fields[: assignment.EDGES.start]
     if kernel.walk.edges is not None:
         edges = tuple(map(jnp.int32, kernel.walk.edges))
-    elif kernel.gmem.schedule is None:
-        edges = fields[assignment.EDGES]
     else:
-        where = (kernel.gmem.schedule, batch, q_head, index)
-        edges = tuple(schedule_bound(*where, column) for column in range(4))
+        edges = fields[assignment.EDGES]
     first, full_first, full_last, last = edges
     return Tile(batch, q_head, index, (first, full_first, full_last, last))
 
@@ -327,7 +322,7 @@ def _load(kernel: Kernel) -> None:
 class Stream(NamedTuple):
     """K or V on its way through the stages."""
 
-    array: Any
+    source: Source
     tiles: Any
     ready: Any
     free: Any
@@ -335,7 +330,7 @@ class Stream(NamedTuple):
 
 def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream) -> None:
     """Loads the keys or values of a tile's step `i`, the block's step `t`, into their stage."""
-    array, tiles, ready, free = stream
+    source, tiles, ready, free = stream
     stage = kernel.stage(t)
 
     @pl.when(t >= kernel.config.num_stages)
@@ -344,8 +339,7 @@ def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream) -> N
 
     target = tiles.at[stage]
     kv_head = lax.div(tile.q_head, jnp.int32(kernel.spec.group))
-    source = window(array, tile.batch, tile.kv_block(i) * tiles.shape[1], kv_head, target)
-    plgpu.copy_gmem_to_smem(source, target, ready.at[stage])
+    source.load(tile.batch, kv_head, tile.kv_block(i), target, ready.at[stage])
 
 
 def _load_terms(kernel: Kernel, tile: Tile, t: Any, i: Any) -> None:
@@ -509,7 +503,7 @@ def _softmax(
     alpha = jnp.exp2(state.m_log2 - shift)
     p = jnp.exp2(s * to_log2 - widen_rows(shift, s.shape))
     l = state.l * alpha + p.sum(axis=1)  # noqa: E741
-    return lax.optimization_barrier((State(m_log2, l, part.drop(p)), alpha))
+    return lax.optimization_barrier((State(m_log2, l, part.keep(p)), alpha))
 
 
 def _terms(kernel: Kernel, wg: Any, stage: Any, part: Part) -> Terms:
@@ -550,7 +544,8 @@ def _finish(kernel: Kernel, wg: Any, tile: Tile, state: State, acc: Any) -> None
     """Stores out and lse."""
     smem = kernel.smem
     empty = state.l == 0.0
-    inverse = jnp.where(empty, 0.0, 1.0 / jnp.where(empty, 1.0, state.l))
+    kept = dropout_factor(kernel.spec)
+    inverse = jnp.where(empty, 0.0, kept / jnp.where(empty, 1.0, state.l))
     out = load_accumulator(acc, wait_n=0)
     out = out * widen_rows(inverse, out.shape)
     out_smem = (smem.q if smem.out is None else smem.out).at[wg]

@@ -70,24 +70,28 @@ class Part:
             return None
         return written_out(lambda mask: mask.allowed(*self.positions()))(terms.mask)
 
-    def drop(self, p: Any) -> Any:
-        """Probabilities, or their gradients, after dropout."""
+    def keep(self, p: Any) -> Any:
+        """Probabilities, or their gradients, with zeros where dropout drops them, not rescaled."""
         dropout = self.tiling.spec.dropout
         if dropout is None:
             return p
         # It holds numbers only, no floats.
         dropout = jax.tree.unflatten(jax.tree.structure(dropout), self.values.dropout)
-        hashes = [dropout.of_queries, dropout.of_keys]
+        numbers = [dropout.of_queries, dropout.of_keys]
         if self.tiling.rows == KV:
-            hashes.reverse()
+            numbers.reverse()
         starts = self.place.row_start, self.place.column_start
-        bits = []
-        # Rows and columns are hashed on their own.
+        wide = []
         for axis, layout in enumerate((PER_ROW, PER_COLUMN)):
             at = plgpu.broadcasted_iota(jnp.int32, (self.shape[axis],), 0, layout=layout)
-            found = hashes[axis](at + starts[axis])
-            bits.append(lax.broadcast_in_dim(found, self.shape, [axis]))
-        return dropout.drop(p, *bits)
+            found = numbers[axis](at + starts[axis])
+            wide.append(lax.broadcast_in_dim(found, self.shape, [axis]))
+        return jnp.where(dropout.meet(*wide), p, 0.0)
+
+
+def dropout_factor(spec: AttentionSpec) -> float:
+    """What probabilities that `Part.keep` has kept are multiplied with."""
+    return 1.0 if spec.dropout is None else spec.dropout.factor
 
 
 def _terms(tiling: Tiling, is_masked: bool) -> Terms:

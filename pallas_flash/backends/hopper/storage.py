@@ -11,9 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_flash.masks import BlockKind, Mask
-from pallas_flash.masks.schedule import Blocks, block_kinds
-
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 # What a block of an H100 may have, in bytes.
@@ -166,20 +163,3 @@ def schedule_bound(schedule: Any, batch: Any, head: Any, tile: Any, column: int)
     batch_index = batch if schedule.shape[0] > 1 else batch * 0
     head_index = head if schedule.shape[1] > 1 else batch * 0
     return read_scalar(schedule, batch_index, head_index, tile, column)
-
-
-def without_padding(x: Any, mask: Mask | None, q_len: int) -> Any:
-    """[B, Tkv, Hkv, D] with zeros at keys that no query may attend to, as far as `mask` tells.
-
-    They may hold NaN. P is 0 there, but the product with V would still spread 0 * NaN.
-    """
-    if mask is None:
-        return x
-    batch, kv_len = x.shape[:2]
-    # Every key as a block of its own, with all queries.
-    one_key = Blocks(q_len, kv_len, q_len, 1, batch)
-    numbers = np.arange(1, dtype=np.int32), np.arange(kv_len, dtype=np.int32)
-    is_used = (block_kinds(mask, one_key, *numbers) > BlockKind.SKIP).any(1)[:, 0]
-    if isinstance(is_used, np.ndarray) and is_used.all():
-        return x
-    return jnp.where(is_used[:, :, None, None], x, jnp.zeros_like(x))

@@ -1,0 +1,129 @@
+"""Rows of an array that nobody uses: they may hold NaN, which a product with zeros would spread.
+
+Most tiles have none of them. So the array stays as it is, and beside it comes another in which only
+the tiles with unused rows are written, with zeros in these rows; a kernel loads a tile from the one
+or the other. It costs what the tiles at the edge of the padding cost, not a pass over the array.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_flash.backends.hopper.storage import (
+    MATRIX,
+    PER_ROW,
+    Columns,
+    read_scalar,
+    round_up,
+    tiled,
+    window,
+)
+from pallas_flash.masks import BlockKind, Mask
+from pallas_flash.masks.schedule import Blocks, block_kinds
+
+# Rows of a tile of the kernel below: those of the layout in registers.
+ROWS = 64
+
+
+class Source(NamedTuple):
+    """An array [B, T, H, D], and how its unused rows are left out.
+
+    clean: like `array`, written where needs_clean says so, or None if every row is in use.
+    needs_clean: [B, H or 1, tiles] int32, whether a tile has unused rows.
+    """
+
+    array: Any
+    clean: Any = None
+    needs_clean: Any = None
+
+    def load(self, batch: Any, head: Any, tile: Any, smem: Any, ready: Any) -> None:
+        """Starts the load of a tile into SMEM, whose rows it fills."""
+        start = tile * smem.shape[0]
+
+        def load_from(array: Any) -> None:
+            plgpu.copy_gmem_to_smem(window(array, batch, start, head, smem), smem, ready)
+
+        if self.clean is None:
+            load_from(self.array)
+            return
+        flag_head = head if self.needs_clean.shape[1] > 1 else batch * 0
+        is_clean = read_scalar(self.needs_clean, batch, flag_head, tile) == 0
+        pl.when(is_clean)(lambda: load_from(self.array))
+        pl.when(is_clean == False)(lambda: load_from(self.clean))  # noqa: E712
+
+
+def unused_keys(mask: Mask | None, batch: int, q_len: int, kv_len: int) -> Any:
+    """Which keys no query may attend to, as far as the mask tells: [B, 1, Tkv], None if none."""
+    if mask is None:
+        return None
+    # Every key as a block of its own, with all queries.
+    one_key = Blocks(q_len, kv_len, q_len, 1, batch)
+    numbers = np.arange(1, dtype=np.int32), np.arange(kv_len, dtype=np.int32)
+    unused = (block_kinds(mask, one_key, *numbers) == BlockKind.SKIP).all(1)
+    if isinstance(unused, np.ndarray) and not unused.any():
+        return None
+    return jnp.broadcast_to(jnp.asarray(unused), (batch, 1, kv_len))
+
+
+def without_unused(x: jax.Array, unused: Any, columns: Columns, block: int) -> Source:
+    """`x` [B, rows for TMA, H, D] for a kernel that loads it in tiles of `block` rows.
+
+    unused: [B, H or 1, T] bool, or None.
+    """
+    if unused is None:
+        return Source(x)
+    length = unused.shape[-1]
+    whole = round_up(round_up(length, block), ROWS)
+    unused = jnp.pad(unused, ((0, 0), (0, 0), (0, whole - length)))
+    of_tiles = unused[..., : round_up(length, block)].reshape(*unused.shape[:2], -1, block).any(-1)
+    rows = jnp.repeat(of_tiles, block, axis=-1)
+    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, whole - rows.shape[-1])))
+    is_written = rows.reshape(*rows.shape[:2], -1, ROWS).any(-1)
+    clean = _clean(x, unused.astype(jnp.int32), is_written.astype(jnp.int32), columns)
+    return Source(x, clean, of_tiles.astype(jnp.int32))
+
+
+def _clean(x: jax.Array, unused: jax.Array, is_written: jax.Array, columns: Columns) -> jax.Array:
+    """`x` with zeros in unused rows, in those tiles of `ROWS` rows that are to be written.
+
+    unused: [B, h, T over whole tiles] int32; is_written: [B, h, tiles] int32.
+    """
+    batch, _, num_heads, _ = x.shape
+    num_tiles = is_written.shape[-1]
+
+    def clean_tiles(x_gmem, unused_gmem, is_written_gmem, out_gmem, smem, ready):
+        index = lax.axis_index("block")
+        row, tile = lax.div(index, jnp.int32(num_tiles)), lax.rem(index, jnp.int32(num_tiles))
+
+        def one_head(head, _):
+            at = row, head if unused.shape[1] > 1 else row * 0
+
+            pl.when(read_scalar(is_written_gmem, *at, tile) != 0)(lambda: clean_tile(head, at))
+
+        def clean_tile(head, at):
+            plgpu.copy_gmem_to_smem(window(x_gmem, row, tile * ROWS, head, smem), smem, ready)
+            plgpu.barrier_wait(ready)
+            value = plgpu.load(smem, layout=MATRIX, optimized=False)
+            flags = unused_gmem.at[*at, pl.ds(tile * ROWS, ROWS)]
+            flags = plgpu.load(flags, layout=PER_ROW, optimized=False)
+            is_unused = lax.broadcast_in_dim(flags, value.shape, [0]) != 0
+            smem[...] = jnp.where(is_unused, jnp.zeros_like(value), value)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(smem, window(out_gmem, row, tile * ROWS, head, smem))
+            plgpu.wait_smem_to_gmem(0)
+
+        lax.fori_loop(jnp.int32(0), jnp.int32(num_heads), one_head, None)
+
+    return plgpu.kernel(
+        clean_tiles,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(batch * num_tiles,),
+        grid_names=("block",),
+        scratch_types=(tiled((ROWS, columns.smem), x.dtype, columns.tile), plgpu.Barrier()),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(x, unused, is_written)
