@@ -80,30 +80,49 @@ class KeepBits:
         """What kept probabilities are multiplied with."""
         return 1.0 / (1.0 - self.rate)
 
+    def numbers(self, q_pos: Any, kv_pos: Any) -> "Numbers":
+        """Those of some queries and keys, by int32 positions that broadcast with the seeds."""
+        of_query = _mix(q_pos.astype(jnp.uint32) ^ self.seeds) | jnp.uint32(1)
+        of_key = _mix(kv_pos.astype(jnp.uint32) ^ ~self.seeds) | jnp.uint32(1)
+        return Numbers(self.rate, of_query, of_key)
+
+    def spelled_out(self, q_len: int, kv_len: int) -> "Numbers":
+        """All numbers of a problem, for kernels that would rather read them."""
+        batch, heads = self.seeds.shape
+        whole = Tile(batch, 0, q_len, 0, kv_len, q_len)
+        numbers = map_operands(whole.align, self).numbers(*whole.positions())
+        of_query = numbers.of_query.reshape(batch, heads, q_len)
+        return Numbers(self.rate, of_query, numbers.of_key.reshape(batch, heads, kv_len))
+
     def keep(self, q_pos: Any, kv_pos: Any) -> Any:
         """Which probabilities are kept, elementwise over int32 positions."""
-        return self.meet(self.of_queries(q_pos), self.of_keys(kv_pos))
+        return self.numbers(q_pos, kv_pos).keep()
 
-    def of_queries(self, q_pos: Any) -> Any:
-        """An odd number for every query, uint32."""
-        return _mix(q_pos.astype(jnp.uint32) ^ self.seeds) | jnp.uint32(1)
+    def apply(self, p: Any, q_pos: Any, kv_pos: Any) -> Any:
+        """Probabilities, or their gradients, after dropout."""
+        numbers = self.numbers(q_pos, kv_pos)
+        return jnp.where(numbers.keep(), p * self.factor, 0)
 
-    def of_keys(self, kv_pos: Any) -> Any:
-        """An odd number for every key, uint32."""
-        return _mix(kv_pos.astype(jnp.uint32) ^ ~self.seeds) | jnp.uint32(1)
 
-    def meet(self, of_query: Any, of_key: Any) -> Any:
-        """Which probabilities are kept, from the numbers of their query and their key.
+@term
+class Numbers:
+    """The odd numbers of queries and keys, and which pairs of them keep their probability.
+
+    of_query: [B, Hq, Tq] uint32; of_key: [B, Hq, Tkv] uint32.
+    """
+
+    rate: float
+    of_query: jax.Array = operand("batch", "heads", "q", dtype=jnp.unsignedinteger)
+    of_key: jax.Array = operand("batch", "heads", "kv", dtype=jnp.unsignedinteger)
+
+    def keep(self) -> Any:
+        """Which probabilities are kept, elementwise.
 
         Products modulo 2**32 of random odd numbers: one operation for each element, where a hash
         of its own would take a GPU longer than all else that happens to a score.
         """
         threshold = min(round(self.rate * 2**32), 2**32 - 1)
-        return of_query * of_key >= jnp.uint32(threshold)
-
-    def apply(self, p: Any, q_pos: Any, kv_pos: Any) -> Any:
-        """Probabilities, or their gradients, after dropout."""
-        return jnp.where(self.keep(q_pos, kv_pos), p * self.factor, 0)
+        return self.of_query * self.of_key >= jnp.uint32(threshold)
 
 
 def _mix(x: Any) -> Any:

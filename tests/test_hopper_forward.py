@@ -246,6 +246,17 @@ def test_a_missing_wait_or_fence_is_caught(monkeypatch, name, index):
 
 
 @interpreted
+@pytest.mark.parametrize("commits", [True, False])
+def test_a_missing_fence_behind_the_matrices_of_a_mask_is_caught(monkeypatch, commits):
+    if not commits:
+        monkeypatch.setattr(module, "num_matrices", lambda spec: 0)
+    mask = pf.DenseMask(jnp.ones((1, 1, 70, 150), bool))
+    p = problem(Case(70, 150, 1, 1, 16, 16, mask=mask, config=TURNS))
+    run = jax.jit(lambda o: module.forward(p.spec, p.config, o))
+    assert is_caught(run, p.operands) != commits
+
+
+@interpreted
 @pytest.mark.parametrize("released_early", [False, True])
 def test_a_stage_released_while_a_product_reads_it_is_caught(released_early):
     def two_products(x_gmem, out_gmem, x_smem, out_smem, ready, free):

@@ -135,16 +135,25 @@ def test_shared_memory_is_what_pallas_requests():
         (described(68, 64), "head_dim=68 must be a multiple of 8 from 16 to 256"),
         (
             dataclasses.replace(
-                described(64, 64), score_mod=pf.Chain((pf.Softcap(1.0), pf.Softcap(2.0)))
+                described(64, 64), score_mod=pf.ScoreFunction(lambda s, *_: jax.lax.erf(s))
             ),
-            "score mods are not in the Hopper kernels yet: Softcap, Softcap",
+            "functions that use erf are not in the Hopper kernels",
         ),
         (
-            described(64, 64, pf.DenseMask(jax.ShapeDtypeStruct((1, 1, 200, 200), jnp.bool_))),
-            "mask arrays over positions are not in the Hopper kernels yet: DenseMask.array",
+            dataclasses.replace(
+                described(64, 64),
+                score_mod=pf.Bias(jax.ShapeDtypeStruct((1, 1, 200, 1), jnp.float32)),
+            ),
+            "gradients of arrays over queries alone are not in the kernels: Bias.array",
+        ),
+        (
+            dataclasses.replace(
+                described(136, 64), score_mod=pf.Alibi(jax.ShapeDtypeStruct((1, 4), jnp.float32))
+            ),
+            "gradients of score mod arrays are in the kernels up to head_dim 128: Alibi.slopes",
         ),
     ],
-    ids=["float32", "head-dim-8", "value-dim-264", "head-dim-68", "softcap", "dense-mask"],
+    ids=["float32", "head-dim-8", "value-dim-264", "head-dim-68", "erf", "bias-of-queries", "wide"],
 )
 def test_what_the_kernels_cannot_serve_is_refused_by_name(operands, reason):
     assert hopper.unsupported(AttentionSpec.of(operands, 0.1)) == reason

@@ -22,13 +22,13 @@ def assert_close_to_oracle(ours, oracle, name: str, rtol: float = 2e-5) -> None:
 
 
 def assert_as_good_as_plain(
-    ours, plain, oracle, name: str, factor: float, mean_factor: float = 1.1
+    ours, plain, oracle, name: str, factor: float, mean_factor: float = 1.1, roundings: int = 1
 ) -> None:
     """A low-precision result against what plain attention in that precision makes of it."""
     dtype = ours.dtype
     ours, plain, oracle = (np.asarray(x).astype(np.float64) for x in (ours, plain, oracle))
     assert np.isfinite(ours).all(), f"{name}: not finite"
-    rounding = float(jnp.finfo(dtype).eps) * np.abs(oracle).max()
+    rounding = roundings * float(jnp.finfo(dtype).eps) * np.abs(oracle).max()
     ours, plain = np.abs(ours - oracle), np.abs(plain - oracle)
     assert ours.max() <= factor * plain.max() + rounding, (name, ours.max(), plain.max(), rounding)
     mean_limit = mean_factor * plain.mean() + 0.05 * rounding

@@ -13,9 +13,9 @@ from pallas_flash.backends.hopper.config import (
     default_forward_config,
     one_step_from,
 )
+from pallas_flash.backends.hopper.config import misfit as config_misfit
 from pallas_flash.backends.hopper.operands import Kind, leaves_of
 from pallas_flash.backends.hopper.scores import missing_in_terms
-from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import KV, leaf_fields
 
@@ -60,12 +60,8 @@ def _unsupported_terms(spec: AttentionSpec) -> str | None:
 def misfit(spec: AttentionSpec, config: Config) -> str | None:
     """The reason why a configuration cannot serve a spec that is supported, or None."""
     for name in ("forward", "backward"):
-        size = getattr(config, name).shared_memory_bytes(spec)
-        if size > SHARED_MEMORY_LIMIT:
-            return (
-                f"the {name} kernel needs {size} bytes of shared memory, the device has "
-                f"{SHARED_MEMORY_LIMIT}"
-            )
+        if reason := config_misfit(spec, getattr(config, name)):
+            return f"the {name} kernel {reason}"
     return None
 
 

@@ -32,7 +32,7 @@ from pallas_flash.backends.hopper.backward_storage import (
     value_columns,
 )
 from pallas_flash.backends.hopper.config import BackwardConfig
-from pallas_flash.backends.hopper.operands import Terms
+from pallas_flash.backends.hopper.operands import Terms, rows_share_matrices, spelled_out
 from pallas_flash.backends.hopper.padding import without_unused
 from pallas_flash.backends.hopper.storage import LOG2_E, locate, padded, round_up, tma_rows
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
@@ -57,6 +57,7 @@ def backward(
 
     lse, delta: [B, Hq, Tq] float32, natural log; dout: [B, Tq, Hq, Dv].
     """
+    spec, operands = spelled_out(spec, operands)
     tiles = config.backward
     qk, vo = query_columns(spec, tiles), value_columns(spec)
     runs, schedule = _schedule(spec, tiles, operands.mask)
@@ -103,6 +104,10 @@ def _per_query_terms(lse: Any, delta: Any, block_q: int) -> tuple[Any, Any]:
     return jnp.pad(lse_log2, pad, constant_values=jnp.inf), jnp.pad(delta, pad)
 
 
+def _divmod(x: Any, n: int) -> tuple[Any, Any]:
+    return lax.div(x, jnp.int32(n)), lax.rem(x, jnp.int32(n))
+
+
 def _launch(
     spec: AttentionSpec, config: BackwardConfig, runs: Runs, inputs: GlobalRefs
 ) -> tuple[Any, Any, Any, array_gradients.Refs]:
@@ -119,8 +124,12 @@ def _launch(
         head, kv_tile = locate(
             lax.axis_index("block"), num_kv_tiles, num_heads, config.heads_per_group
         )
-        num_kv_heads = jnp.int32(spec.num_kv_heads)
-        block = Block(lax.div(head, num_kv_heads), lax.rem(head, num_kv_heads), kv_tile)
+        if rows_share_matrices(spec):
+            # What they read, and add their gradients to, stays in the L2 cache.
+            kv_head, row = _divmod(head, spec.batch)
+        else:
+            row, kv_head = _divmod(head, spec.num_kv_heads)
+        block = Block(row, kv_head, kv_tile)
         kernel = Kernel(spec, config, runs, gmem, smem, block)
         wg = lax.axis_index("wg")
 

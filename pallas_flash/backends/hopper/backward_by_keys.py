@@ -16,16 +16,17 @@ from pallas_flash.backends.hopper.backward_common import (
     Kernel,
     accumulator,
     add_dq,
+    array_gradients_of,
     for_each_q_tile,
     free_stages,
     may_hold_padding,
     per_query,
     probabilities,
-    score_gradients,
     scores_part,
     scores_terms,
     scrub,
     stage,
+    weight_factors,
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, WG_KEYS, dq_part
@@ -120,12 +121,14 @@ def _step(
         plgpu.wgmma(dv_acc, part.keep(weights.p).astype(kernel.spec.dtype), dout_smem)
         dp = load_accumulator(dp_acc, wait_n=1)
         delta = per_query(smem.delta.at[dout_slot])
-        ds, of_arrays = score_gradients(part, weights, dp, delta)
-        ds = ds.astype(kernel.spec.dtype)
+        x = weight_factors(part, dp, delta)
+        # 0 where P is, since dP is finite there (`scrub`). Without the scale.
+        ds = (weights.scores * x).astype(kernel.spec.dtype)
         smem.ds.at[ds_slot, own][...] = ds
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
         plgpu.wgmma(dk_acc, ds, q_smem)
+        of_arrays = array_gradients_of(part, terms, s, weights.p, x)
         refs = kernel.gmem.gradients, smem.gradients
         new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)
         plgpu.barrier_wait(smem.ds_ready.at[ds_slot])

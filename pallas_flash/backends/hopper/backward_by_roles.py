@@ -14,18 +14,17 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from pallas_flash.backends.hopper.backward_common import (
     Kernel,
-    Weights,
     accumulator,
     add_dq,
     for_each_q_tile,
     may_hold_padding,
     per_query,
     probabilities,
-    score_gradients,
     scores_part,
     scores_terms,
     scrub,
     stage,
+    weight_factors,
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part
@@ -141,8 +140,7 @@ def _dk_step(kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, _: A
         plgpu.barrier_wait(smem.p_ready.at[slot])
         weight = plgpu.load(smem.p.at[slot], layout=MATRIX)
         dp = load_accumulator(dp_acc, wait_n=0)
-        weights = Weights(None, weight.astype(dp.dtype), [])
-        return score_gradients(part, weights, dp, delta)[0].astype(dtype)
+        return (weight.astype(dp.dtype) * weight_factors(part, dp, delta)).astype(dtype)
 
     ds = pl.run_scoped(gradients, accumulator(config.block_kv, config.block_q))
     smem.ds.at[slot][...] = ds

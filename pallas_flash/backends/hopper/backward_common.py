@@ -25,7 +25,12 @@ from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.elementwise import written_out
 from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, load_matrices
 from pallas_flash.backends.hopper.padding import Source
-from pallas_flash.backends.hopper.scores import Part, dropout_factor, with_weights
+from pallas_flash.backends.hopper.scores import (
+    Part,
+    dropout_factor,
+    gradients_of_arrays,
+    with_weights,
+)
 from pallas_flash.backends.hopper.storage import (
     LOG2_E,
     MATRIX,
@@ -217,28 +222,14 @@ def load_tiles(kernel: Kernel) -> None:
 
     def load(t, q_head, q_tile, _):
         _load_stage(kernel, q, t, q_head, q_tile)
-        _load_terms(kernel, t, q_head, q_tile)
+        slot, place = stage(t, config.num_q_stages), kernel.place(q_head, q_tile)
+        ready = smem.q_ready.at[slot]
+        load_matrices(kernel.tiling, gmem.terms, smem.tiles, slot, place, ready)
         _load_stage(kernel, dout, t, q_head, q_tile)
 
     steps, _ = for_each_q_tile(kernel, load, load)
     _drain(smem.q_free, config.num_q_stages, steps)
     _drain(smem.dout_free, config.num_dout_stages, steps)
-    if smem.tiles_free is not None:
-        _drain(smem.tiles_free, config.num_q_stages, steps)
-
-
-def _load_terms(kernel: Kernel, t: Any, q_head: Any, q_tile: Any) -> None:
-    """Loads what mask and score mod hold for each score of a tile."""
-    smem, slot = kernel.smem, stage(t, kernel.config.num_q_stages)
-    if smem.tiles_free is None:
-        return
-
-    @pl.when(t >= kernel.config.num_q_stages)
-    def _():
-        plgpu.barrier_wait(smem.tiles_free.at[slot])
-
-    place, ready = kernel.place(q_head, q_tile), smem.tiles_ready.at[slot]
-    load_matrices(kernel.tiling, kernel.gmem.terms, smem.tiles, slot, place, ready)
 
 
 def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any) -> None:
@@ -276,16 +267,9 @@ def scores_part(kernel: Kernel, place: Place, shape: tuple[int, int], masked: bo
 
 
 def scores_terms(kernel: Kernel, t: Any, part: Part, own: Any) -> Terms:
-    """Mask and score mod of some keys of a tile, `own` of its rows; frees the stage of theirs."""
-    smem, slot = kernel.smem, stage(t, kernel.config.num_q_stages)
-    if smem.tiles_ready is not None:
-        plgpu.barrier_wait(smem.tiles_ready.at[slot])
-    terms = part.terms(jax.tree.map(lambda tile: tile.at[slot, own], smem.tiles))
-    if smem.tiles_ready is not None:
-        # Read by ordinary loads, overwritten by TMA.
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(smem.tiles_free.at[slot])
-    return terms
+    """Mask and score mod of some keys of a tile, `own` of its rows."""
+    slot = stage(t, kernel.config.num_q_stages)
+    return part.terms(jax.tree.map(lambda tile: tile.at[slot, own], kernel.smem.tiles))
 
 
 def _allowed(kernel: Kernel, part: Part, terms: Terms) -> Any:
@@ -310,11 +294,10 @@ def per_query(row_smem: Any) -> Any:
 
 
 class Weights(NamedTuple):
-    """P^T, and what the gradients are multiples of: of the scores, and of the mod's arrays."""
+    """P^T, and what the gradients of the scores are multiples of."""
 
     p: Any
     scores: Any
-    arrays: list[Any]
 
 
 def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: Any) -> Weights:
@@ -331,21 +314,27 @@ def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: An
 
     if terms.score_mod is None:
         p = to_p(s * (scale * LOG2_E))
-        return Weights(p, p, [])
+        return Weights(p, p)
     all_of_it = partial(with_weights, probabilities=lambda logits: to_p(logits * LOG2_E))
     return Weights(*written_out(all_of_it)(terms.score_mod, s * scale, *part.positions()))
 
 
-def score_gradients(part: Part, weights: Weights, dp: Any, delta: Any) -> tuple[Any, list[Any]]:
-    """dS^T without the scale, and the gradients of the score mod's arrays.
+def weight_factors(part: Part, dp: Any, delta: Any) -> Any:
+    """What P is multiplied with in the gradient of the logits: dP, after dropout, less delta."""
+    kept, spec = part.keep(dp), part.tiling.spec
+    kept = kept if spec.dropout is None else kept * dropout_factor(spec)
+    return kept - lax.broadcast_in_dim(delta, dp.shape, [1])
 
-    0 where P is, since dP is finite there (`scrub`).
+
+def array_gradients_of(part: Part, terms: Terms, s: Any, p: Any, x: Any) -> list[Any]:
+    """What each score of a part adds to the gradients of the score mod's arrays.
+
+    x: of `weight_factors`.
     """
-    kept = part.keep(dp)
-    if part.tiling.spec.dropout is not None:
-        kept = kept * dropout_factor(part.tiling.spec)
-    x = kept - lax.broadcast_in_dim(delta, dp.shape, [1])
-    return weights.scores * x, [w * x for w in weights.arrays]
+    if not array_gradients.leaves(part.tiling.spec):
+        return []
+    scaled = s * part.tiling.spec.scale
+    return written_out(gradients_of_arrays)(terms.score_mod, scaled, *part.positions(), p * x)
 
 
 def scrub(tile_smem: Any) -> None:
@@ -394,8 +383,8 @@ def add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
 def free_stages(kernel: Kernel, t: Any) -> None:
     """Hands the tiles of step `t` back to the producer.
 
-    lse and delta were read by ordinary loads: a ``commit_smem`` must lie between those and this,
-    since TMA overwrites them.
+    lse, delta and the terms' matrices were read by ordinary loads: a ``commit_smem`` must lie
+    between those and this, since TMA overwrites them.
     """
     plgpu.barrier_arrive(kernel.smem.q_free.at[stage(t, kernel.config.num_q_stages)])
     plgpu.barrier_arrive(kernel.smem.dout_free.at[stage(t, kernel.config.num_dout_stages)])

@@ -20,8 +20,8 @@ class Storage(NamedTuple):
 
     ds and p hold scores of two steps, dq each warpgroup's part of a tile or, in turn, of its
     columns. p and p_ready exist where the warpgroups share the keys. tiles: those of masks' and
-    score mods' arrays that are matrices, with a stage for each of q's; their barriers are None
-    where there are none. gradients: of the score mod's arrays, on their way out.
+    score mods' arrays that are matrices, in stages with q. gradients: of the score mod's arrays, on
+    their way out.
     """
 
     q: Any
@@ -42,8 +42,6 @@ class Storage(NamedTuple):
     ds_ready: Any
     k_read: Any
     tiles: Terms
-    tiles_ready: Any
-    tiles_free: Any
     gradients: array_gradients.Refs
 
 
@@ -89,7 +87,6 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         num_buffers = next((n for n in range(2, passes) if passes % n == 0), passes)
         dq_shape = (2, num_buffers, rows, dq_tile)
     score_shape = (NUM_SCORE_STAGES, block_kv, block_q)
-    matrices = num_matrices(spec)
 
     def barriers(count=1, arrivals=2):
         # Two arrivals: one from each math warpgroup, or one for each of two TMA copies.
@@ -107,7 +104,7 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         ds=tiled(score_shape, dtype, qk.tile),
         dq=tiled(dq_shape, f32, dq_tile),
         kv_ready=barriers(),
-        q_ready=barriers(config.num_q_stages),
+        q_ready=barriers(config.num_q_stages, 2 + num_matrices(spec)),
         dout_ready=barriers(config.num_dout_stages),
         q_free=barriers(config.num_q_stages),
         dout_free=barriers(config.num_dout_stages),
@@ -115,7 +112,5 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         ds_ready=barriers(NUM_SCORE_STAGES, arrivals=1 if shared else 2),
         k_read=barriers(arrivals=1 if shared else 2),
         tiles=in_smem(tiling(spec, config), config.num_q_stages),
-        tiles_ready=barriers(config.num_q_stages, matrices) if matrices else None,
-        tiles_free=barriers(config.num_q_stages, 1 if shared else 2) if matrices else None,
         gradients=array_gradients.in_smem(tiling(spec, config), WG_KEYS),
     )

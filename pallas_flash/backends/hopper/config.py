@@ -5,7 +5,12 @@ import itertools
 from typing import Any
 
 from pallas_flash.backends.hopper import backward_storage, forward_storage
-from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT, shared_memory_bytes
+from pallas_flash.backends.hopper.operands import Tiling, fits_swizzle, rows_share_matrices
+from pallas_flash.backends.hopper.storage import (
+    L2_BYTES_PER_GROUP,
+    SHARED_MEMORY_LIMIT,
+    shared_memory_bytes,
+)
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [
@@ -14,6 +19,7 @@ __all__ = [
     "ForwardConfig",
     "default_backward_config",
     "default_forward_config",
+    "misfit",
     "one_step_from",
 ]
 
@@ -57,14 +63,14 @@ class ForwardConfig:
         """Queries of a block."""
         return self.num_warpgroups * forward_storage.WG_ROWS
 
+    def tiling(self, spec: AttentionSpec) -> Tiling:
+        """How the scores are cut into tiles."""
+        return forward_storage.tiling(spec, self)
+
     def shared_memory_bytes(self, spec: AttentionSpec) -> int:
         """SMEM of a block, from what the kernel allocates."""
         scratch = forward_storage.REDUCTION_SCRATCH_BYTES
         return shared_memory_bytes(forward_storage.storage(spec, self)) + scratch
-
-
-# The keys and values of a group of heads may take this much of the 50 MB of an H100's L2 cache.
-L2_BYTES_PER_GROUP = 16 * 2**20
 
 
 def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
@@ -83,9 +89,10 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
     bytes_per_kv_head = spec.kv_len * (spec.head_dim + spec.value_dim) * spec.dtype.itemsize
     # Without a mask all tiles are equally long, and the tiles of one head share its keys best:
     # +2% at 4 x 4096 x 16 x 128, H100, JAX 0.11.2.
-    kv_heads = 0 if spec.mask is None else L2_BYTES_PER_GROUP // bytes_per_kv_head
+    by_group = spec.mask is not None or rows_share_matrices(spec)
+    kv_heads = L2_BYTES_PER_GROUP // bytes_per_kv_head if by_group else 0
     most_keys = 128 if widest <= 128 else 96 if widest <= 192 else 64
-    configs = (
+    configs = [
         ForwardConfig(
             num_warpgroups=num_warpgroups,
             block_kv=block_kv,
@@ -93,10 +100,10 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
             takes_turns=num_warpgroups > 1 and widest <= 192,
             heads_per_group=max(1, kv_heads * spec.group),
         )
-        for block_kv in (128, 96, 64, 48)
+        for block_kv in (128, 96, 64, 48, 32)
         if block_kv <= most_keys
-    )
-    return next(c for c in configs if c.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT)
+    ]
+    return _first_that_fits(spec, configs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +148,10 @@ class BackwardConfig:
         """Whether the warpgroups split a dQ tile by columns and not by rows."""
         return self.shares_keys or self.block_q == 64
 
+    def tiling(self, spec: AttentionSpec) -> Tiling:
+        """How the scores are cut into tiles."""
+        return backward_storage.tiling(spec, self)
+
     def shared_memory_bytes(self, spec: AttentionSpec) -> int:
         """SMEM of a block, from what the kernel allocates."""
         return shared_memory_bytes(backward_storage.storage(spec, self))
@@ -155,15 +166,28 @@ def default_backward_config(spec: AttentionSpec) -> BackwardConfig:
     )
     bytes_per_kv_head = spec.group * spec.q_len * bytes_per_query
     heads = max(1, L2_BYTES_PER_GROUP // bytes_per_kv_head)
+    if rows_share_matrices(spec):
+        heads = min(heads, spec.batch)
     block_kv = 128 if widest <= 128 else 64
     tiles = [(64, block_kv, 2, 2), (64, block_kv, 2, 1), (64, block_kv, 1, 1)]
     if widest <= 64:
         tiles.insert(0, (128, 128, 2, 2))
-    for sizes in tiles:
-        config = BackwardConfig(*sizes, heads)
-        if config.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT:
-            return config
-    raise AssertionError(f"no backward tiles fit head_dim={spec.head_dim}, {spec.value_dim=}")
+    return _first_that_fits(spec, [BackwardConfig(*sizes, heads) for sizes in tiles])
+
+
+def _first_that_fits(spec: AttentionSpec, configs: list[Any]) -> Any:
+    """The first configuration without misfit, or the last one: it needs least."""
+    return next((c for c in configs if misfit(spec, c) is None), configs[-1])
+
+
+def misfit(spec: AttentionSpec, config: Any) -> str | None:
+    """The reason why tiles of a forward or backward configuration cannot serve a spec, or None."""
+    if not fits_swizzle(config.tiling(spec)):
+        return f"arrays over queries and keys need tiles wider than {config.block_kv} keys"
+    size = config.shared_memory_bytes(spec)
+    if size > SHARED_MEMORY_LIMIT:
+        return f"needs {size} bytes of shared memory, the device has {SHARED_MEMORY_LIMIT}"
+    return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,15 @@ from pallas_flash.backends.hopper.forward_storage import (
     tiling,
     value_columns,
 )
-from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, load_matrices
+from pallas_flash.backends.hopper.operands import (
+    Place,
+    Terms,
+    Tiling,
+    load_matrices,
+    num_matrices,
+    rows_share_matrices,
+    spelled_out,
+)
 from pallas_flash.backends.hopper.padding import Source, unused_keys, without_unused
 from pallas_flash.backends.hopper.scores import Part, dropout_factor
 from pallas_flash.backends.hopper.storage import (
@@ -153,15 +161,18 @@ class Kernel:
 
 def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[Any, Any]:
     """out [B, Tq, Hq, Dv] in q's dtype and lse [B, Hq, Tq] float32, natural log."""
+    spec, operands = spelled_out(spec, operands)
     tiles, mask = config.forward, operands.mask
     columns, v_columns = query_columns(spec), value_columns(spec, tiles.block_kv)
     walk, schedule = _plan(spec, tiles, mask)
     heads = spec.batch, spec.num_q_heads
+    order = assignment.Order(*heads, tiles.heads_per_group, rows_share_matrices(spec))
+    edges_shape = (*heads, *schedule.shape[2:])
     if isinstance(schedule, np.ndarray):
-        edges = np.broadcast_to(schedule, (*heads, *schedule.shape[2:]))
-        assigned = jnp.asarray(assignment.table(edges, tiles.heads_per_group))
+        edges = np.broadcast_to(schedule, edges_shape)
+        assigned = jnp.asarray(assignment.table(edges, order))
     else:
-        assigned = assignment.table_at_run_time(schedule, *heads)
+        assigned = assignment.table_at_run_time(jnp.broadcast_to(schedule, edges_shape), order)
     # P is 0 there, but its product with V would spread 0 * NaN.
     unused = unused_keys(mask, spec.batch, spec.q_len, spec.kv_len)
     inputs = Inputs(
@@ -291,6 +302,7 @@ def _load(kernel: Kernel) -> None:
     def load_tile(tile, _, first_step):
         def load_k(i):
             _load_block(kernel, tile, first_step + i, i, k)
+            _load_matrices(kernel, tile, first_step + i, i)
 
         def load_v(i):
             _load_block(kernel, tile, first_step + i, i, v)
@@ -298,11 +310,9 @@ def _load(kernel: Kernel) -> None:
         # In the order of their use.
         def load(i, _):
             load_k(i)
-            _load_terms(kernel, tile, first_step + i, i)
             load_v(i - 1)
 
         load_k(jnp.int32(0))
-        _load_terms(kernel, tile, first_step, jnp.int32(0))
         lax.fori_loop(jnp.int32(1), tile.num_steps, load, None)
         load_v(tile.num_steps - 1)
         return first_step + tile.num_steps
@@ -315,8 +325,6 @@ def _load(kernel: Kernel) -> None:
         def _(stage=stage):
             plgpu.barrier_wait(smem.k_free.at[stage])
             plgpu.barrier_wait(smem.v_free.at[stage])
-            if smem.tiles_free is not None:
-                plgpu.barrier_wait(smem.tiles_free.at[stage])
 
 
 class Stream(NamedTuple):
@@ -342,19 +350,11 @@ def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream) -> N
     source.load(tile.batch, kv_head, tile.kv_block(i), target, ready.at[stage])
 
 
-def _load_terms(kernel: Kernel, tile: Tile, t: Any, i: Any) -> None:
-    """Loads what mask and score mod hold for each score of a tile's step `i`."""
+def _load_matrices(kernel: Kernel, tile: Tile, t: Any, i: Any) -> None:
+    """Loads what mask and score mod hold for each score of a tile's step `i`, behind its keys."""
     smem, config, stage = kernel.smem, kernel.config, kernel.stage(t)
-    if smem.tiles_free is None:
-        return
-
-    @pl.when(t >= config.num_stages)
-    def _():
-        plgpu.barrier_wait(smem.tiles_free.at[stage])
-
     starts = tile.index * config.block_q, tile.kv_block(i) * config.block_kv
-    place = Place(tile.batch, tile.q_head, *starts)
-    ready = smem.tiles_ready.at[stage]
+    place, ready = Place(tile.batch, tile.q_head, *starts), smem.k_ready.at[stage]
     load_matrices(kernel.tiling, kernel.gmem.terms, smem.tiles, stage, place, ready)
 
 
@@ -445,8 +445,8 @@ def _first_step(kernel: Kernel, wg: Any, t: Any, part: Part) -> State:
         plgpu.wgmma(s_acc, smem.q.at[wg], smem.k.at[stage].transpose((1, 0)))
         _pass_turn(kernel, wg)
         s = load_accumulator(s_acc, wait_n=0)
-        plgpu.barrier_arrive(smem.k_free.at[stage])
-        state, _ = _softmax(kernel, wg, stage, s, nothing, part)
+        terms = _terms(kernel, wg, stage, part)
+        state, _ = _softmax(kernel, s, nothing, part, terms)
         return state._replace(p=state.p.astype(kernel.spec.dtype))
 
     return pl.run_scoped(product, plgpu.ACC((WG_ROWS, smem.k.shape[1]), jnp.float32))
@@ -468,8 +468,8 @@ def _step(kernel: Kernel, wg: Any, t: Any, state: State, acc: Any, part: Part) -
         plgpu.wgmma(acc, state.p, smem.v.at[v_stage])
         _pass_turn(kernel, wg)
         s = load_accumulator(s_acc, wait_n=1)
-        plgpu.barrier_arrive(smem.k_free.at[k_stage])
-        new, alpha = _softmax(kernel, wg, k_stage, s, state, part)
+        terms = _terms(kernel, wg, k_stage, part)
+        new, alpha = _softmax(kernel, s, state, part, terms)
         out = load_accumulator(acc, wait_n=0)
         plgpu.barrier_arrive(smem.v_free.at[v_stage])
         acc[...] = out * widen_rows(alpha, out.shape)
@@ -489,11 +489,8 @@ def _multiply_last(kernel: Kernel, tile: Tile, first_step: Any, state: State, ac
     plgpu.barrier_arrive(smem.v_free.at[stage])
 
 
-def _softmax(
-    kernel: Kernel, wg: Any, stage: Any, s: Any, state: State, part: Part
-) -> tuple[State, Any]:
+def _softmax(kernel: Kernel, s: Any, state: State, part: Part, terms: Terms) -> tuple[State, Any]:
     """The state with raw scores s [64, block_kv], p in float32, and what older sums shrink by."""
-    terms = _terms(kernel, wg, stage, part)
     s, to_log2 = _logits(kernel, part, terms, s)
     m_log2 = jnp.maximum(state.m_log2, s.max(axis=1) * to_log2)
     shift = m_log2
@@ -507,16 +504,13 @@ def _softmax(
 
 
 def _terms(kernel: Kernel, wg: Any, stage: Any, part: Part) -> Terms:
-    """The terms of a part of a tile; frees the stage of their matrices."""
-    smem = kernel.smem
-    if smem.tiles_ready is not None:
-        plgpu.barrier_wait(smem.tiles_ready.at[stage])
+    """The terms of a part of a tile. Frees the stage of K, which has been multiplied."""
     own = pl.ds(wg * WG_ROWS, WG_ROWS)
-    terms = part.terms(jax.tree.map(lambda tile: tile.at[stage, own], smem.tiles))
-    if smem.tiles_ready is not None:
-        # Read by ordinary loads, overwritten by TMA.
+    terms = part.terms(jax.tree.map(lambda tile: tile.at[stage, own], kernel.smem.tiles))
+    if num_matrices(kernel.spec):
+        # They were read by ordinary loads, and TMA overwrites them.
         plgpu.commit_smem()
-        plgpu.barrier_arrive(smem.tiles_free.at[stage])
+    plgpu.barrier_arrive(kernel.smem.k_free.at[stage])
     return terms
 
 

@@ -28,8 +28,8 @@ class Storage(NamedTuple):
 
     The leading axis of q, out and lse counts warpgroups, that of k and v stages. `out` is None
     where there is no room, and the result is staged in the tile of q. `turn` orders the warpgroups'
-    use of the matrix units, or is None. tiles: those of masks' and score mods' arrays that are
-    matrices, with a stage for each of k's; their barriers are None where there are none.
+    use of the matrix units, or is None. tiles: those of masks'
+    and score mods' arrays that are matrices, in stages with k.
     """
 
     q: Any
@@ -44,8 +44,6 @@ class Storage(NamedTuple):
     v_free: Any
     turn: Any
     tiles: Terms
-    tiles_ready: Any
-    tiles_free: Any
 
 
 def query_columns(spec: AttentionSpec) -> Columns:
@@ -69,7 +67,6 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     """The scratch types of a block."""
     wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
     qk, vo = query_columns(spec), value_columns(spec, block_kv)
-    matrices = num_matrices(spec)
     separate = Storage(
         q=tiled((wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
         k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
@@ -77,14 +74,12 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         out=tiled((wgs, WG_ROWS, vo.smem), spec.dtype, vo.tile),
         lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=wgs),
-        k_ready=plgpu.Barrier(num_barriers=stages),
+        k_ready=plgpu.Barrier(num_arrivals=1 + num_matrices(spec), num_barriers=stages),
         v_ready=plgpu.Barrier(num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         turn=plgpu.Barrier(num_barriers=wgs) if config.takes_turns else None,
         tiles=in_smem(tiling(spec, config), stages),
-        tiles_ready=plgpu.Barrier(num_arrivals=matrices, num_barriers=stages) if matrices else None,
-        tiles_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages) if matrices else None,
     )
     out_fits_q = vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
     if out_fits_q and shared_memory_bytes(separate) + REDUCTION_SCRATCH_BYTES > SHARED_MEMORY_LIMIT:

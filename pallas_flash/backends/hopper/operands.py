@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash.backends.hopper.storage import (
+    L2_BYTES_PER_GROUP,
     MATRIX,
     PER_COLUMN,
     PER_ROW,
@@ -43,8 +44,10 @@ from pallas_flash.terms import (
     sum_distances,
 )
 
-# Bytes of a row of the widest swizzle tile.
-SWIZZLE_BYTES = 128
+# Rows of a band, about.
+BAND_ROWS = 128
+# Bytes of a row of the widest and of the narrowest swizzle tile.
+SWIZZLE_BYTES, NARROWEST_SWIZZLE = 128, 32
 
 
 class Kind(enum.Enum):
@@ -121,6 +124,15 @@ def _leaf(x: Any, axes: Axes, rows: str) -> Leaf:
 
 # ---------------------------------------------------------------------------------------------
 # Outside of the kernel
+
+
+def spelled_out(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Operands]:
+    """The same request with dropout as numbers for each query and key."""
+    if operands.dropout is None:
+        return spec, operands
+    numbers: Any = operands.dropout.spelled_out(spec.q_len, spec.kv_len)
+    operands = dataclasses.replace(operands, dropout=numbers)
+    return AttentionSpec.of(operands, spec.scale), operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +242,35 @@ def in_smem(tiling: Tiling, num_stages: int) -> Terms:
         )
 
     return Terms(*map(tiles, Terms.of(tiling.spec)))
+
+
+def fits_swizzle(tiling: Tiling) -> bool:
+    """Whether the rows of all matrices' tiles are wide enough to be swizzled."""
+    return all(
+        tiling.swizzle_tile(leaf.kind, leaf.dtype) * leaf.dtype.itemsize >= NARROWEST_SWIZZLE
+        for term in Terms.of(tiling.spec)
+        for leaf in leaves_of(term, tiling.rows)
+        if leaf.kind.needs_smem
+    )
+
+
+def rows_share_matrices(spec: AttentionSpec) -> bool:
+    """Whether the rows of a batch read arrays over queries and keys that outgrow the L2 cache.
+
+    Then all rows should come to a head before the next one does.
+    """
+    # As gradients: in float32, and with a band's row for each row of a tile.
+    numbers = {
+        Kind.MATRIX: spec.q_len * spec.kv_len,
+        Kind.BAND: (spec.q_len + spec.kv_len) * BAND_ROWS,
+    }
+    shared = sum(
+        4 * leaf.heads * numbers[leaf.kind]
+        for term in Terms.of(spec)
+        for leaf in leaves_of(term, Q)
+        if leaf.kind.needs_smem and leaf.batch < spec.batch
+    )
+    return shared > L2_BYTES_PER_GROUP
 
 
 def num_matrices(spec: AttentionSpec) -> int:

@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_flash.backends.hopper.elementwise import missing_operations, written_out
 from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, aligned, read
-from pallas_flash.backends.hopper.storage import MATRIX, PER_COLUMN, PER_ROW
+from pallas_flash.backends.hopper.storage import MATRIX
 from pallas_flash.scores import ScoreMod
 from pallas_flash.spec import AttentionSpec
-from pallas_flash.terms import KV, Q, floating
+from pallas_flash.terms import Q, floating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +74,14 @@ class Part:
         dropout = self.tiling.spec.dropout
         if dropout is None:
             return p
-        # It holds numbers only, no floats.
-        dropout = jax.tree.unflatten(jax.tree.structure(dropout), self.values.dropout)
-        numbers = [dropout.of_queries, dropout.of_keys]
-        if self.tiling.rows == KV:
-            numbers.reverse()
-        starts = self.place.row_start, self.place.column_start
-        wide = []
-        for axis, layout in enumerate((PER_ROW, PER_COLUMN)):
-            at = plgpu.broadcasted_iota(jnp.int32, (self.shape[axis],), 0, layout=layout)
-            found = numbers[axis](at + starts[axis])
-            wide.append(lax.broadcast_in_dim(found, self.shape, [axis]))
-        return jnp.where(dropout.meet(*wide), p, 0.0)
+        parts = [None] * len(self.values.dropout)
+        numbers = aligned(self.tiling, dropout, self.values.dropout, parts, self.shape)
+        return jnp.where(numbers.keep(), p, 0.0)
 
 
 def dropout_factor(spec: AttentionSpec) -> float:
     """What probabilities that `Part.keep` has kept are multiplied with."""
-    return 1.0 if spec.dropout is None else spec.dropout.factor
+    return 1.0 if spec.dropout is None else 1.0 / (1.0 - spec.dropout.rate)
 
 
 def _terms(tiling: Tiling, is_masked: bool) -> Terms:
@@ -101,23 +91,23 @@ def _terms(tiling: Tiling, is_masked: bool) -> Terms:
 
 def with_weights(
     mod: ScoreMod, s: Any, q_pos: Any, kv_pos: Any, probabilities: Callable[[Any], Any]
-) -> tuple[Any, Any, list[Any]]:
+) -> tuple[Any, Any]:
     """P of scaled scores s, and what their gradients are multiples of.
 
     Everything is elementwise. So with ``x = dP - delta``, and the gradient ``P * x`` of the logits,
-    that of the scores is ``w * x`` and that of each float array of the mod ``w_i * x``, where w and
-    the w_i are the vjp of the mod at P. They are known before dP is.
+    that of the scores is ``w * x``, where w is the vjp of the mod at P: known before dP is.
 
     probabilities: of logits.
     """
-    arrays, rebuild = floating(mod)
-
-    def logits(s: Any, arrays: list[Any]) -> Any:
-        return rebuild(arrays).apply(s, q_pos, kv_pos)
-
-    found, vjp = jax.vjp(logits, s, arrays)
-    p = probabilities(found)
+    logits, vjp = jax.vjp(lambda s: mod.apply(s, q_pos, kv_pos), s)
+    p = probabilities(logits)
     return p, *vjp(p)
+
+
+def gradients_of_arrays(mod: ScoreMod, s: Any, q_pos: Any, kv_pos: Any, d_logits: Any) -> list[Any]:
+    """What every score adds to the gradients of the mod's float arrays, given as matrices."""
+    arrays, rebuild = floating(mod)
+    return jax.vjp(lambda arrays: rebuild(arrays).apply(s, q_pos, kv_pos), arrays)[1](d_logits)[0]
 
 
 def missing_in_terms(spec: AttentionSpec) -> list[str]:
@@ -136,4 +126,5 @@ def missing_in_terms(spec: AttentionSpec) -> list[str]:
     if mod is not None:
         s = jax.ShapeDtypeStruct(shape, jnp.float32)
         missing += missing_operations(partial(with_weights, probabilities=jnp.exp2), mod, s, *at)
+        missing += missing_operations(gradients_of_arrays, mod, s, *at, s)
     return sorted(set(missing))
