@@ -62,7 +62,7 @@ class Feature:
 
     def backend(self) -> str:
         """The name of our backend that serves it here."""
-        return peers.backend(self.shape, jax.eval_shape(self.arrays), self.terms)
+        return peers.backend(self.shape, self.terms, jax.eval_shape(self.arrays))
 
     def inputs(self) -> tuple[list[jax.Array], jax.Array, Arrays]:
         """q, k and v, dout, and the further arrays."""

@@ -30,7 +30,7 @@ from benchmarks.measure import DIRECTIONS, Row
 from pallas_flash.tuning.table import device_name
 
 # Cases that are compiled together.
-TOGETHER = 6
+TOGETHER = 4
 
 SUITES: dict[str, Callable[[], list[Any]]] = {**cases.SUITES, "features": features}
 
