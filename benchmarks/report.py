@@ -59,7 +59,8 @@ def device_part(folder: pathlib.Path) -> str:
     text += [f"![{title}]({where}/{name}.png)" for name, title in DIRECTIONS.items()]
     text.append(
         f"All rows, with the spread of each time and the error of each result: [{where}]({where}); "
-        "`make bench` measures anew."
+        '`make bench` measures anew, with `BENCH_ARGS="--suite features"` (or `beyond`, `startup`) '
+        "the other tables."
     )
     return "\n\n".join(text)
 
