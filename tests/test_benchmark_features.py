@@ -112,3 +112,13 @@ def test_reference_keeps_the_heads_it_promises():
     lowered = feature_timing.lower_reference(SMALL["window"])
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), lowered.fwd_bwd.out_info)
     assert shapes["out"] == ((1, 48, 1, 128), jnp.float32)
+
+
+def test_features_of_one_shape_keep_their_own_rows(tmp_path):
+    same = [f for f in features.features() if str(f.shape) == "4x4096x16x128-causal-bfloat16"]
+    for ms in (1.0, 2.0):
+        rows = [{**measure.new_row(vars(f.shape), "ours"), "case": f.name, "ms": ms} for f in same]
+        record.write(tmp_path / "features.json", {"device": "Test GPU"}, rows)
+    kept = record.load(tmp_path / "features.json")["rows"]
+    assert [(row["case"], row["ms"]) for row in kept] == [(f.name, 2.0) for f in same]
+    assert len(same) > 1
