@@ -68,6 +68,11 @@ def test_dry_run_lowers_ours_for_cuda(capsys):
     assert "2 cases of ours lower for CUDA" in capsys.readouterr().out
 
 
+def test_dry_run_lowers_features_for_cuda(capsys):
+    assert run.main(["--suite", "features", "--dry", "--only", "packed-8x|user-softcap"]) == 0
+    assert "2 cases of ours lower for CUDA" in capsys.readouterr().out
+
+
 def test_wrong_arguments_are_refused(capsys):
     for words, message in (
         (["--only", "nothing"], "leaves no case"),
