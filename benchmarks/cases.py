@@ -56,7 +56,8 @@ def _both(a: int, b: int) -> str:
     return str(a) if a == b else f"{a}/{b}"
 
 
-def _case(batch: int, length: int, heads: int, head_dim: int, causal: bool, **changes) -> Case:
+def square(batch: int, length: int, heads: int, head_dim: int, causal: bool, **changes) -> Case:
+    """A case with as many keys as queries and key heads as query heads, but for `changes`."""
     fields = {
         "batch": batch,
         "q_len": length,
@@ -79,29 +80,29 @@ HEAD_DIMS = (64, 128, 256)
 
 def _grid() -> list[Case]:
     return [
-        _case(TOKENS // length, length, CHANNELS // head_dim, head_dim, causal)
+        square(TOKENS // length, length, CHANNELS // head_dim, head_dim, causal)
         for head_dim, causal, length in itertools.product(HEAD_DIMS, (True, False), LENGTHS)
     ]
 
 
 def _beyond() -> list[Case]:
-    groups = [_case(b, t, 32, 128, True, num_kv_heads=8) for b, t in ((4, 4096), (1, 16384))]
+    groups = [square(b, t, 32, 128, True, num_kv_heads=8) for b, t in ((4, 4096), (1, 16384))]
     dims = [
-        _case(4, 4096, 16, head_dim, causal, value_dim=value_dim)
+        square(4, 4096, 16, head_dim, causal, value_dim=value_dim)
         for head_dim, value_dim in ((80, 80), (96, 96), (192, 192), (192, 128))
         for causal in (True, False)
     ]
     lengths = [
-        _case(4, length, 16, 128, causal)
+        square(round(TOKENS / length), length, 16, 128, causal)
         for length in (1000, 3000, 4095)
         for causal in (True, False)
     ]
     unequal = [
-        _case(4, q_len, 16, 128, False, kv_len=kv_len)
+        square(4, q_len, 16, 128, False, kv_len=kv_len)
         for q_len, kv_len in ((1024, 4096), (4096, 1024))
     ]
     dtypes = [
-        _case(4, 4096, 16, 128, causal, dtype=dtype)
+        square(4, 4096, 16, 128, causal, dtype=dtype)
         for dtype in ("bfloat16", "float16")
         for causal in (True, False)
     ]
@@ -110,7 +111,9 @@ def _beyond() -> list[Case]:
 
 def _startup() -> list[Case]:
     """Shapes of no other suite, so that nothing of theirs is compiled yet."""
-    return [_case(2, 2560, CHANNELS // d, d, causal) for d in HEAD_DIMS for causal in (True, False)]
+    return [
+        square(2, 2560, CHANNELS // d, d, causal) for d in HEAD_DIMS for causal in (True, False)
+    ]
 
 
 SUITES = {"grid": _grid, "beyond": _beyond, "startup": _startup}

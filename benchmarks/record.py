@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # Which rows say the same thing: a new one replaces the old.
 KEY = (
-    *("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "head_dim", "value_dim"),
+    *("case", "batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "head_dim", "value_dim"),
     *("causal", "dtype", "impl"),
 )
 
@@ -53,4 +53,5 @@ def write(path: pathlib.Path, header: dict[str, Any], rows: Iterable[dict[str, A
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
+    # Only features have a name beside their shape.
+    return tuple(row.get(name) for name in KEY)

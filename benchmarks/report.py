@@ -1,15 +1,13 @@
 """The README's tables of speed, and plots, from the result files: `make report`."""
 
-import math
 import pathlib
-from collections import defaultdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from benchmarks import record
-from benchmarks.cases import Case
+from benchmarks import record, tables
+from benchmarks.tables import DIRECTIONS, TITLES, Group, by_case
 from tools import readme
 
 # Files only, on any machine.
@@ -18,75 +16,7 @@ mpl.use("agg")
 MARKER = "benchmarks"
 # The section stands before this one.
 BEFORE = "## What errors look like"
-DIRECTIONS = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward+backward"}
-TITLES = {"ours": "pallas_flash", "cudnn": "cuDNN", "fa4": "fa4-jax", "tokamax": "tokamax"}
 COLORS = {"ours": "tab:red", "cudnn": "tab:green", "fa4": "tab:blue", "tokamax": "tab:orange"}
-
-Row = dict[str, Any]
-Group = tuple[Case, dict[str, Row]]
-
-
-class Cell(NamedTuple):
-    """Of one case and direction, TFLOP/s."""
-
-    ours: float
-    best: float
-    peer: str
-
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.best
-
-
-def by_case(rows: list[Row]) -> list[Group]:
-    """Rows without errors, grouped by case: implementation -> row; only where ours is there."""
-    groups: dict[Case, dict[str, Row]] = defaultdict(dict)
-    for row in rows:
-        if "error" not in row:
-            groups[Case(**{name: row[name] for name in record.KEY[:-1]})][row["impl"]] = row
-    return [(case, group) for case, group in groups.items() if "ours" in group]
-
-
-def cell(group: dict[str, Row], direction: str) -> Cell | None:
-    """Ours and the fastest peer, or None where no peer was measured."""
-    speeds = {name: row[f"{direction}_tflops"] for name, row in group.items() if name != "ours"}
-    if not speeds:
-        return None
-    best = max(speeds, key=lambda name: speeds[name])
-    return Cell(group["ours"][f"{direction}_tflops"], speeds[best], TITLES.get(best, best))
-
-
-def table(groups: list[Group], first: dict[str, Any]) -> str:
-    """A line for each case; `first`: heading -> what stands there, from the case."""
-    heads = [*first, *DIRECTIONS.values()]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for case, group in groups:
-        words = [str(get(case)) for get in first.values()]
-        for direction in DIRECTIONS:
-            c = cell(group, direction)
-            words.append(
-                f"{c.ours:.0f} : {c.best:.0f} {c.peer}, **{c.ratio:.2f}**"
-                if c
-                else f"{group['ours'][f'{direction}_tflops']:.0f} : none"
-            )
-        lines.append("| " + " | ".join(words) + " |")
-    return "\n".join(lines)
-
-
-def summary(groups: list[Group]) -> str:
-    """Geometric mean and worst case of each direction's ratio."""
-    lines = []
-    for direction, title in DIRECTIONS.items():
-        cells = [(c, case) for case, group in groups if (c := cell(group, direction))]
-        if not cells:
-            continue
-        mean = math.exp(sum(math.log(c.ratio) for c, _ in cells) / len(cells))
-        worst, case = min(cells, key=lambda item: item[0].ratio)
-        lines.append(
-            f"- {title}: {mean:.2f} of the best peer in the geometric mean of {len(cells)} cases, "
-            f"at worst {worst.ratio:.2f} (`{case}`, {worst.peer})"
-        )
-    return "\n".join(lines)
 
 
 def grid_order(item: Group) -> tuple[Any, ...]:
@@ -111,8 +41,8 @@ def device_part(folder: pathlib.Path) -> str:
         f"{chip_rates(grid)}bf16, 16384 tokens x 2048 channels, GPU kernel "
         "time by CUPTI, median; every kernel of a call counts. Each cell: ours : best peer in "
         "TFLOP/s, and their ratio.",
-        summary(groups),
-        table(
+        tables.summary(groups),
+        tables.table(
             groups,
             {
                 "head_dim": lambda c: c.head_dim,
@@ -120,28 +50,49 @@ def device_part(folder: pathlib.Path) -> str:
                 "T": lambda c: c.q_len,
             },
         ),
+        *beyond_part(folder, groups),
+        *features_part(folder),
     ]
-    beyond = by_case(record.load(folder / "beyond.json")["rows"])
-    if beyond:
-        text += [
-            "Beyond the grid (batch x length x heads x head_dim; a slash where queries and keys, "
-            "or values, differ):",
-            table(beyond, {"case": lambda c: f"`{c}`"}),
-        ]
-    startup = by_case(record.load(folder / "startup.json")["rows"])
-    if startup:
-        seconds = [group["ours"]["build_s"] for _, group in startup]
-        text.append(
-            f"Tracing, lowering and compiling forward and backward of a new shape took "
-            f"{min(seconds):.1f} to {max(seconds):.1f} s."
-        )
+    if startup := by_case(record.load(folder / "startup.json")["rows"]):
+        text.append(tables.startup(startup))
     where = f"benchmarks/results/{folder.name}"
     text += [f"![{title}]({where}/{name}.png)" for name, title in DIRECTIONS.items()]
     text.append(
         f"All rows, with the spread of each time and the error of each result: [{where}]({where}); "
-        "`make bench` measures anew."
+        '`make bench` measures anew, with `BENCH_ARGS="--suite features"` (or `beyond`, `startup`) '
+        "the other tables."
     )
     return "\n\n".join(text)
+
+
+def beyond_part(folder: pathlib.Path, grid: list[Group]) -> list[str]:
+    """Other head counts, head dims, lengths and dtypes, beside their neighbours on the grid."""
+    beyond = by_case(record.load(folder / "beyond.json")["rows"])
+    if not beyond:
+        return []
+    found = tables.kept(grid, beyond)
+    return [
+        "Beyond the grid (batch x length x heads x head_dim; a slash where queries and keys, or "
+        "values, differ). The last column is what ours keeps of a neighbour's throughput forward, "
+        "backward and both, padding to the next multiple of 16 counted as work:",
+        tables.cliffs(found),
+        tables.table(
+            beyond, {"case": lambda c: f"`{c}`"}, {"of its neighbour": lambda c: found.get(c, "")}
+        ),
+    ]
+
+
+def features_part(folder: pathlib.Path) -> list[str]:
+    """Masks, scores and dropout."""
+    result = record.load(folder / "features.json")
+    if not result["rows"]:
+        return []
+    return [
+        f"Masks, scores and dropout, bf16, ms ({result['date']}). Each cell: ours : best peer that "
+        "can do the case, and how many times as fast ours is. Beside it ours without the feature, "
+        "or with the built-in one; and what forward and backward take besides inputs and outputs:",
+        tables.features_table(result["rows"]),
+    ]
 
 
 def section(results: pathlib.Path = record.RESULTS) -> str | None:
@@ -166,7 +117,7 @@ def plot(folder: pathlib.Path) -> None:
         ):
             ax = axes[i, j]
             here = [g for g in groups if (g[0].causal, g[0].head_dim) == (causal, dim)]
-            for name, label in TITLES.items():
+            for name, color in COLORS.items():
                 points = [
                     (case.q_len, group[name][f"{direction}_tflops"])
                     for case, group in here
@@ -177,8 +128,8 @@ def plot(folder: pathlib.Path) -> None:
                     ax.plot(
                         *zip(*points, strict=True),
                         marker="o",
-                        color=COLORS[name],
-                        label=label,
+                        color=color,
+                        label=TITLES[name],
                         linewidth=width,
                     )
             if grid["matmul_tflops"]:

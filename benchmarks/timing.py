@@ -14,6 +14,8 @@ from benchmarks.cases import Case
 from benchmarks.peers import Attention
 from pallas_flash.tuning.timing import kernel_ms
 
+# The process does without XLA's search for the fastest matrix products; where they count, it is on.
+SEARCH = {"xla_gpu_autotune_level": 4}
 # Rows of queries whose scores the reference holds at a time.
 CHUNK = 1024
 
@@ -167,9 +169,8 @@ def relative_errors(case: Case, results, truth) -> dict[str, float]:
 def chip_rates(iterations: int, n: int = 8192) -> dict[str, float]:
     """What the device can do today: a matrix product of bfloat16, and reading and writing."""
     a, b = jax.random.normal(jax.random.key(0), (2, n, n), jnp.bfloat16)
-    # The process does without XLA's search for the fastest product; here it counts.
-    search = {"xla_gpu_autotune_level": 4} if jax.default_backend() == "gpu" else {}
-    multiply = jax.jit(jnp.matmul, compiler_options=search)
+    options = SEARCH if jax.default_backend() == "gpu" else {}
+    multiply = jax.jit(jnp.matmul, compiler_options=options)
     _, product = gpu_ms(multiply, a, b, iterations=iterations)
     x = jnp.zeros(2**28, jnp.float32)
     _, copy = gpu_ms(jax.jit(lambda x: x + 1), x, iterations=iterations)

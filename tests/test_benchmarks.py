@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import oracle
-from benchmarks import cases, peers, record, report, run, timing
+from benchmarks import cases, features, peers, record, report, run, tables, timing
 from tools import readme
 
 SMALL = cases.Case(
@@ -40,8 +40,7 @@ def small(monkeypatch):
     monkeypatch.setattr(
         timing, "chip_rates", lambda iterations: {"matmul_tflops": 1.0, "copy_gb_s": 1.0}
     )
-    monkeypatch.setattr(cases, "SUITES", {name: lambda: [SMALL] for name in cases.SUITES})
-    monkeypatch.setattr(run, "SUITES", cases.SUITES)
+    monkeypatch.setattr(run, "SUITES", {name: lambda: [SMALL] for name in cases.SUITES})
     monkeypatch.setenv("GIT_COMMIT", "first")
 
 
@@ -66,6 +65,11 @@ def test_flops_of_a_causal_case_are_half():
 @pytest.mark.quick
 def test_dry_run_lowers_ours_for_cuda(capsys):
     assert run.main(["--dry", "--only", "^(4x4096x16x128|16x1024x8x256)-causal"]) == 0
+    assert "2 cases of ours lower for CUDA" in capsys.readouterr().out
+
+
+def test_dry_run_lowers_features_for_cuda(capsys):
+    assert run.main(["--suite", "features", "--dry", "--only", "packed-8x|user-softcap"]) == 0
     assert "2 cases of ours lower for CUDA" in capsys.readouterr().out
 
 
@@ -149,6 +153,24 @@ def test_a_missing_peer_is_said_in_one_line(small, tmp_path, capsys, monkeypatch
     assert said == ["fa4 is not measured: ModuleNotFoundError: No module named 'no_such_module'"]
 
 
+def feature_rows() -> list[tables.Row]:
+    """Of two features: one ahead of its peers and slower than promised beside ours, one failed."""
+    packed, _, window, *_ = features.features()
+
+    def row(feature, name: str, ms: float, **more):
+        times = {"fwd_ms": ms, "fwd_bwd_ms": 4 * ms, "peak_temp_bytes": 3 * 2**20}
+        return {"case": feature.name, **vars(feature.shape), "impl": name} | times | more
+
+    return [
+        row(packed, "ours", 0.25, backend="blockwise"),
+        row(packed, "ours, 8 rows of 2048", 0.2),
+        row(packed, "fa4", 0.5),
+        row(packed, "cudnn", 1.0),
+        row(packed, "tokamax", 0.1, error="refused"),
+        row(window, "ours", 0.1, error="refused"),
+    ]
+
+
 def made_up(folder: pathlib.Path) -> None:
     """Result files of a device that does not exist."""
     header = {
@@ -159,6 +181,15 @@ def made_up(folder: pathlib.Path) -> None:
         "copy_gb_s": 3000.0,
     }
     speeds = {"ours": 600.0, "cudnn": 500.0, "fa4": 400.0}
+    record.write(folder / "features.json", header, feature_rows())
+    record.write(
+        folder / "startup.json",
+        header,
+        [
+            {**vars(case), "impl": "ours", "commit": "abc", "build_s": 2.25}
+            for case in cases.SUITES["startup"]()
+        ],
+    )
     for suite in ("grid", "beyond"):
         rows = [
             {**vars(case), "impl": name, "commit": "abc"}
@@ -177,10 +208,45 @@ def test_report_compares_with_the_best_peer(tmp_path):
     assert "| 64 | causal | 512 | 600 : 500 cuDNN, **1.20** |" in text
     assert "| 256 | full | 16384 | 600 : 400 fa4-jax, **1.50** |" in text
     assert "forward: 1.21 of the best peer in the geometric mean of 36 cases, at worst 1.20" in text
+    assert "Seconds to trace, lower and compile" in text and "-full-bfloat16` 2.2" in text
     report.plot(tmp_path / "test_gpu")
     assert {p.name for p in (tmp_path / "test_gpu").glob("*.png")} == {
         f"{direction}.png" for direction in run.DIRECTIONS
     }
+
+
+def test_report_of_features_has_the_best_peer_and_what_stands_beside(tmp_path):
+    made_up(tmp_path / "test_gpu")
+    assert (
+        "| `packed-8x2048-in-16384`, blockwise | 0.250 : 0.500 fa4-jax, **2.00** "
+        "| 1.000 : 2.000 fa4-jax, **2.00** "
+        "| **1.25** **1.25** of 8 rows of 2048 (at most 1.1) | 3 |"
+    ) in report.section(tmp_path)
+    assert "| `window-1024-in-16384` | failed |" in report.section(tmp_path)
+
+
+def group(case: cases.Case, tflops: float) -> tables.Group:
+    return case, {"ours": {f"{direction}_tflops": tflops for direction in run.DIRECTIONS}}
+
+
+def test_cliffs_count_padding_as_work_and_compare_with_the_nearest_of_the_grid():
+    grid = [group(c, 500.0) for c in cases.SUITES["grid"]()]
+    beyond = {str(c): c for c in cases.SUITES["beyond"]()}
+    odd = beyond["16x1000x16x128-causal-bfloat16"]
+    bf16, f16 = (beyond[f"4x4096x16x128-full-{dtype}"] for dtype in ("bfloat16", "float16"))
+    dims = [beyond[f"4x4096x16x{d}-full-bfloat16"] for d in ("80", "96", "192", "192/128")]
+    speeds = {odd: 380.0, bf16: 500.0, f16: 480.0} | dict.fromkeys(dims, 450.0)
+    found = tables.kept(grid, [group(case, tflops) for case, tflops in speeds.items()])
+    assert str(found[odd].neighbour) == "16x1024x16x128-causal-bfloat16"
+    assert found[odd].ratios["fwd"] == pytest.approx(380 / 500 * (1008 / 1000) ** 2)
+    assert f"**{found[odd].ratios['fwd']:.2f}**" in str(found[odd])
+    assert found[f16].neighbour == bf16 and found[f16].ratios["bwd"] == pytest.approx(0.96)
+    assert bf16 not in found
+    assert [found[c].neighbour.head_dim for c in dims] == [64, 64, 128, 128]
+    assert {found[c].neighbour.q_len for c in dims} == {4096}
+    said = tables.cliffs(found)
+    assert "off the grid: at worst 0.77" in said and "3 of 15 figures are below 0.8" in said
+    assert "float16: at worst 0.96" in said and "0 of 3 figures are below 0.95" in said
 
 
 def test_result_files_are_json_with_a_row_a_line(tmp_path):
@@ -194,8 +260,17 @@ def test_readme_says_what_the_result_files_say():
     assert readme.part(readme.PATH.read_text(), report.MARKER) == report.section()
 
 
-def test_committed_rows_are_complete():
-    for path in record.RESULTS.glob("*/grid.json"):
+@pytest.mark.parametrize(
+    "suite, measured",
+    [
+        ("grid", {"fwd_ms", "bwd_ms", "fwd_bwd_ms", "rel_err"}),
+        ("beyond", {"fwd_ms", "bwd_ms", "fwd_bwd_ms", "rel_err"}),
+        ("features", {"case", "fwd_ms", "fwd_bwd_ms", "peak_temp_bytes"}),
+        ("startup", {"build_s", "first_call_s"}),
+    ],
+)
+def test_committed_rows_are_complete(suite, measured):
+    for path in record.RESULTS.glob(f"*/{suite}.json"):
         for row in record.load(path)["rows"]:
             assert row["commit"] and row["date"]
-            assert "error" in row or {"fwd_ms", "bwd_ms", "fwd_bwd_ms", "rel_err"} <= row.keys()
+            assert "error" in row or measured <= row.keys()
