@@ -1,8 +1,6 @@
 """decode_attention: the newest tokens of every row attend to what a cache holds."""
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +9,7 @@ from jax import lax
 
 from pallas_flash import dispatch
 from pallas_flash.api import flash_attention_with_lse
-from pallas_flash.decoding import plain
+from pallas_flash.decoding.backends import BACKENDS, BLOCKWISE, DecodeBackend
 from pallas_flash.decoding.cache import KVCache
 from pallas_flash.decoding.paged_cache import PagedKVCache
 from pallas_flash.decoding.prefill import NewTokens
@@ -28,28 +26,6 @@ from pallas_flash.terms import leaf_axes
 
 # Queries of a group of heads that one pass over the cache serves; more are a prompt.
 MOST_ROWS = 64
-
-
-@dataclass(frozen=True)
-class DecodeBackend:
-    """One way to attend over a cache; the fields are those of `backends.backend.Backend`."""
-
-    name: str
-    platform: str | None
-    unsuited: Callable[[Any], str | None]
-    unsupported: Callable[[DecodeSpec], str | None]
-    forward: Callable[[DecodeSpec, DecodeOperands], tuple[jax.Array, jax.Array]]
-
-
-BLOCKWISE = DecodeBackend(
-    name="blockwise",
-    platform=None,
-    unsuited=lambda device: None,
-    unsupported=lambda spec: None,
-    forward=plain.forward,
-)
-# In order of preference.
-BACKENDS = (BLOCKWISE,)
 
 
 class Plan(NamedTuple):

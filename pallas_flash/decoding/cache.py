@@ -147,7 +147,7 @@ class KVCache:
         return dataclasses.replace(self, lengths=self.lengths.at[which].set(0))
 
     def read(self, start: Any, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """k, v and positions [B, size] of the slots from `start` on; a negative one holds nothing."""
+        """k, v and positions [B, size] of slots from `start` on; a negative one is empty."""
         k, v = (lax.dynamic_slice_in_dim(x, start, size, 1) for x in (self.k, self.v))
         slot = start + jnp.arange(size, dtype=jnp.int32)
         newest = self.lengths[:, None] - 1

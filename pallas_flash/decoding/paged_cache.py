@@ -17,9 +17,9 @@ class PagedKVCache:
     """A cache whose rows take pages of a common pool as they grow; by `PagedKVCache.create`.
 
     A page is in use while a block table names it: there is no other account of pages that could
-    disagree. `reserve` gives rows the pages that they lack, `release` takes all of a row's. Rows may
-    share pages of a common prefix (write their block tables yourself); a page is free when the last
-    of them is released. A pytree, as `KVCache` is; methods return a new cache.
+    disagree. `reserve` gives rows the pages that they lack, `release` takes all of a row's. Rows
+    may share the pages of a common prefix (write their block tables yourself); a page is free when
+    the last of them is released. A pytree, as `KVCache` is; methods return a new cache.
 
     A row that a token did not fit (no page, or beyond max_len) is lost: its length becomes
     ``max_len + 1``, and attention gives NaN for it until `release`. Where the numbers are known

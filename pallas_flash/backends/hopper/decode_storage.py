@@ -1,0 +1,141 @@
+"""SMEM and barriers of the decode kernel, and its configuration."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from pallas_flash.backends.hopper.storage import (
+    SHARED_MEMORY_LIMIT,
+    TMA_ROWS,
+    Columns,
+    head_columns,
+    shared_memory_bytes,
+    tiled,
+    tma_rows,
+)
+
+HEAD_DIMS = range(16, 257, 8)
+DTYPES = (jnp.bfloat16, jnp.float16)
+# Queries of a tile: the rows of one wgmma.
+WG_ROWS = 64
+REDUCTION_SCRATCH_BYTES = 1024
+# Multiprocessors of an H100: each takes one thread block.
+NUM_SMS = 132
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """How the decode kernel cuts its work.
+
+    Fields:
+      num_warpgroups: math warpgroups of a block, which take turns with the key blocks: 1 or 2.
+      block_kv: keys of a block, a multiple of 64.
+      num_stages: blocks of K and V in flight, a multiple of num_warpgroups.
+      num_teams: teams of thread blocks, one block for each kv head, that share the keys out.
+
+    Raises:
+      ValueError: if a number is outside its range.
+    """
+
+    num_warpgroups: int
+    block_kv: int
+    num_stages: int
+    num_teams: int
+
+    def __post_init__(self):
+        if self.num_warpgroups not in (1, 2):
+            raise ValueError(f"num_warpgroups={self.num_warpgroups} must be 1 or 2")
+        if self.block_kv not in (64, 128):
+            raise ValueError(f"block_kv={self.block_kv} must be 64 or 128")
+        for name in ("num_stages", "num_teams"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_stages % self.num_warpgroups:
+            raise ValueError(
+                f"num_stages={self.num_stages} must be a multiple of {self.num_warpgroups=}"
+            )
+
+    def shared_memory_bytes(self, spec: Any) -> int:
+        """SMEM of a block, from what the kernel allocates."""
+        return shared_memory_bytes(storage(spec, self)) + REDUCTION_SCRATCH_BYTES
+
+
+class Storage(NamedTuple):
+    """What a block allocates.
+
+    The leading axis of q, out, lse and q_ready counts warpgroups, that of the others stages.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+
+
+def columns(dim: int) -> Columns:
+    """Layout of a head dimension."""
+    return head_columns(dim)
+
+
+def copies(spec: Any, block_kv: int) -> int:
+    """How many copies bring the K of a block: one, unless pages are smaller."""
+    page_size = getattr(spec.cache, "page_size", block_kv)
+    return max(1, block_kv // page_size)
+
+
+def storage(spec: Any, config: DecodeConfig) -> Storage:
+    """The scratch types of a block."""
+    wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
+    qk, vo = columns(spec.head_dim), columns(spec.value_dim)
+    arrivals = copies(spec, block_kv)
+    return Storage(
+        q=tiled((wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
+        k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
+        v=tiled((stages, block_kv, vo.smem), spec.dtype, vo.tile),
+        out=tiled((wgs, WG_ROWS, vo.smem), jnp.float32, min(vo.tile, 32)),
+        lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
+        q_ready=plgpu.Barrier(num_barriers=wgs),
+        k_ready=plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        v_ready=plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        k_free=plgpu.Barrier(num_barriers=stages),
+        v_free=plgpu.Barrier(num_barriers=stages),
+    )
+
+
+def unsupported(spec: Any) -> str | None:
+    """The reason why the kernel cannot serve a `DecodeSpec`, or None."""
+    if spec.dtype not in DTYPES:
+        return f"dtype={spec.dtype} must be bfloat16 or float16"
+    for name in ("head_dim", "value_dim"):
+        dim = getattr(spec, name)
+        if dim not in HEAD_DIMS or columns(dim).gmem != dim:
+            return f"{name}={dim} must be a multiple of 8 from 16 to 64, or of 16 up to 256"
+    if spec.mask is not None or spec.score_mod is not None:
+        names = [type(x).__name__ for x in (spec.mask, spec.score_mod) if x is not None]
+        return f"masks and score mods are not in the Hopper decode kernel: {', '.join(names)}"
+    if spec.q_len * spec.group > WG_ROWS:
+        return f"{spec.q_len} queries of {spec.group} heads that share keys are more than {WG_ROWS}"
+    page_size = getattr(spec.cache, "page_size", None)
+    if page_size is None and tma_rows(spec.cache.num_slots) != spec.cache.num_slots:
+        return f"slots={spec.cache.num_slots} must be a multiple of {TMA_ROWS}"
+    if page_size is not None and (page_size % TMA_ROWS or (page_size % 64 and 64 % page_size)):
+        return f"page_size={page_size} must be 8, 16, 32 or a multiple of 64"
+    return None
+
+
+def default_decode_config(spec: Any) -> DecodeConfig:
+    """A sound configuration for any head_dim and value_dim of 16 to 256."""
+    num_teams = max(1, NUM_SMS // spec.num_kv_heads)
+    configs = (
+        DecodeConfig(num_warpgroups, 64, num_stages, num_teams)
+        for num_warpgroups, num_stages in ((2, 6), (2, 4), (1, 3), (1, 2))
+    )
+    return next(c for c in configs if c.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT)
