@@ -108,7 +108,8 @@ Attention = Callable[[jax.Array, Any], jax.Array]
 
 def _jax_nn(implementation: str, q: jax.Array, cache: pf.KVCache) -> jax.Array:
     # One query: no mask but the lengths. More have no name there, as rows end at different places.
-    return jax.nn.dot_product_attention(
+    function: Any = jax.nn.dot_product_attention
+    return function(
         q, cache.k, cache.v, key_value_seq_lengths=cache.lengths, implementation=implementation
     )
 

@@ -113,22 +113,7 @@ class KVCache:
         rows.check_new_tokens(k, v, self.k, self.v)
         count = rows.check_counts(lengths, "lengths", *k.shape[:2])
         rows.check_room(self.lengths, count, self.max_len)
-        pos, is_real = rows.new_positions(self.lengths, count, k.shape[1])
-        # Of more tokens than the ring has slots the last ones stay.
-        fits = is_real & (pos < self.max_len)
-        stays = pos >= (self.lengths + count)[:, None] - self.num_slots
-        slot = jnp.where(fits & stays, pos % self.num_slots, self.num_slots)
-        row = jnp.arange(k.shape[0])[:, None]
-
-        def put(array, new):
-            return array.at[row, slot].set(new, mode="drop", unique_indices=True)
-
-        return dataclasses.replace(
-            self,
-            k=put(self.k, k),
-            v=put(self.v, v),
-            lengths=rows.grown(self.lengths, count, (is_real & ~fits).any(1), self.max_len),
-        )
+        return _append(self, k, v, count)
 
     def rewind(self, counts: Any) -> "KVCache":
         """The cache without the last `counts` ([B] or one integer) tokens of each row.
@@ -144,7 +129,8 @@ class KVCache:
 
     def release(self, which: Any) -> "KVCache":
         """The cache with some rows (their numbers, or [B] bool) empty again."""
-        return dataclasses.replace(self, lengths=self.lengths.at[which].set(0))
+        is_released = rows.selected(which, len(self.lengths))
+        return dataclasses.replace(self, lengths=jnp.where(is_released, 0, self.lengths))
 
     def read(self, start: Any, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """k, v and positions [B, size] of slots from `start` on; a negative one is empty."""
@@ -161,3 +147,24 @@ class KVCache:
         slot = (first[:, None] + jnp.arange(self.num_slots)) % self.num_slots
         k, v = (jnp.take_along_axis(x, slot[..., None, None], 1) for x in (self.k, self.v))
         return k, v, first
+
+
+@jax.jit
+def _append(cache: KVCache, k: jax.Array, v: jax.Array, count: jax.Array) -> KVCache:
+    """The cache with the first count[b] tokens of row b behind those that it has."""
+    pos, is_real = rows.new_positions(cache.lengths, count, k.shape[1])
+    fits = is_real & (pos < cache.max_len)
+    # Of more tokens than a ring has slots the last ones stay.
+    stays = pos >= (cache.lengths + count)[:, None] - cache.num_slots
+    slot = jnp.where(fits & stays, pos % cache.num_slots, cache.num_slots)
+    row = jnp.arange(k.shape[0])[:, None]
+
+    def put(array, new):
+        return array.at[row, slot].set(new, mode="drop", unique_indices=True)
+
+    return dataclasses.replace(
+        cache,
+        k=put(cache.k, k),
+        v=put(cache.v, v),
+        lengths=rows.grown(cache.lengths, count, (is_real & ~fits).any(1), cache.max_len),
+    )

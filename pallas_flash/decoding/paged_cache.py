@@ -128,10 +128,11 @@ class PagedKVCache:
 
     def release(self, which: Any) -> "PagedKVCache":
         """The cache with some rows (their numbers, or [B] bool) empty and without pages."""
+        is_released = rows.selected(which, len(self.lengths))
         return dataclasses.replace(
             self,
-            block_tables=self.block_tables.at[which].set(MISSING),
-            lengths=self.lengths.at[which].set(0),
+            block_tables=jnp.where(is_released[:, None], MISSING, self.block_tables),
+            lengths=jnp.where(is_released, 0, self.lengths),
         )
 
     def append(self, k: jax.Array, v: jax.Array, lengths: Any = None) -> "PagedKVCache":
@@ -153,28 +154,14 @@ class PagedKVCache:
         rows.check_new_tokens(k, v, self.k_pages, self.v_pages)
         count = rows.check_counts(lengths, "lengths", *k.shape[:2])
         rows.check_room(self.lengths, count, self.max_len)
-        pos, is_real = rows.new_positions(self.lengths, count, k.shape[1])
-        index = jnp.minimum(pos // self.page_size, self.block_tables.shape[1] - 1)
-        page = jnp.take_along_axis(self.block_tables, index, 1)
-        fits = is_real & (pos < self.max_len) & ~self._names_no_page(page)
-        is_lost = (is_real & ~fits).any(1)
+        cache, is_lost = _append(self, k, v, count)
         if (numbers := rows.known(is_lost)) and numbers[0].any():
             row = int(numbers[0].argmax())
             raise ValueError(
                 f"row {row} lacks a page for its new tokens: call "
                 f"reserve(cache.lengths + {int(count[row])}) before"
             )
-        page = jnp.where(fits, page, len(self.k_pages))
-
-        def put(pages, new):
-            return pages.at[page, pos % self.page_size].set(new, mode="drop")
-
-        return dataclasses.replace(
-            self,
-            k_pages=put(self.k_pages, k),
-            v_pages=put(self.v_pages, v),
-            lengths=rows.grown(self.lengths, count, is_lost, self.max_len),
-        )
+        return cache
 
     def rewind(self, counts: Any) -> "PagedKVCache":
         """The cache without the last `counts` ([B] or one integer) tokens; rows keep their pages.
@@ -196,3 +183,28 @@ class PagedKVCache:
         """k, v [B, slots, ...] copied together, and the position of the first slot, 0: [B]."""
         k, v, _ = self.read(0, self.num_slots)
         return k, v, jnp.zeros_like(self.lengths)
+
+
+@jax.jit
+def _append(
+    cache: PagedKVCache, k: jax.Array, v: jax.Array, count: jax.Array
+) -> tuple[PagedKVCache, jax.Array]:
+    """The cache with count[b] tokens more in row b, and which rows lost one: [B] bool."""
+    num_pages, page_size = cache.k_pages.shape[:2]
+    pos, is_real = rows.new_positions(cache.lengths, count, k.shape[1])
+    index = jnp.minimum(pos // page_size, cache.block_tables.shape[1] - 1)
+    page = jnp.take_along_axis(cache.block_tables, index, 1)
+    fits = is_real & (pos < cache.max_len) & (page >= 0) & (page < num_pages)
+    is_lost = (is_real & ~fits).any(1)
+    page = jnp.where(fits, page, num_pages)
+
+    def put(pages, new):
+        return pages.at[page, pos % page_size].set(new, mode="drop", unique_indices=True)
+
+    new = dataclasses.replace(
+        cache,
+        k_pages=put(cache.k_pages, k),
+        v_pages=put(cache.v_pages, v),
+        lengths=rows.grown(cache.lengths, count, is_lost, cache.max_len),
+    )
+    return new, is_lost

@@ -79,3 +79,13 @@ def rewound(cache: Any, counts: Any, limit: jax.Array) -> jax.Array:
             raise ValueError(f"counts={counts_} must be from 0 to {limit_}, row by row")
     is_lost = ~cache.is_valid | (counts < 0) | (counts > limit)
     return jnp.where(is_lost, cache.max_len + 1, cache.lengths - counts).astype(jnp.int32)
+
+
+def selected(which: Any, batch: int) -> jax.Array:
+    """[B] bool: which rows are meant, by their numbers or by [B] bool."""
+    which = jnp.asarray(which)
+    if which.dtype != bool:
+        return jnp.zeros(batch, bool).at[which].set(True)
+    if which.shape != (batch,):
+        raise ValueError(f"rows must be their numbers or [{batch}] bool, got {which.shape} bool")
+    return which
