@@ -1,6 +1,7 @@
 """The Hopper decode kernel: its real body in interpret mode, mutations of it, and its lowering."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,13 +11,19 @@ import pytest
 
 import oracle
 import pallas_flash as pf
-from interpreted import interpreted, with_races
+from interpreted import interpreted, is_caught, with_races
+from mutations import WithoutCall
 from pallas_flash.backends.hopper import decode as module
-from pallas_flash.backends.hopper.decode_storage import default_decode_config
+from pallas_flash.backends.hopper import decode_share, decode_storage
+from pallas_flash.backends.hopper.decode_storage import SHARED_MEMORY_LIMIT, default_decode_config
 from pallas_flash.decoding.request import DecodeOperands, DecodeSpec
 from tolerance import assert_as_good_as_plain
 
 pytestmark = pytest.mark.usefixtures("shim")
+
+
+# Teams end inside of rows, rows inside of teams, and stages are used again.
+TWO = {"num_stages": 2, "num_teams": 2}
 
 
 class Case(NamedTuple):
@@ -24,32 +31,30 @@ class Case(NamedTuple):
 
     lengths: tuple[int, ...]
     q_len: int = 1
-    num_q_heads: int = 4
-    num_kv_heads: int = 2
+    num_q_heads: int = 2
+    num_kv_heads: int = 1
     head_dim: int = 16
     value_dim: int = 16
-    max_len: int = 400
+    max_len: int = 300
     counts: tuple[int, ...] | None = None
     window: int | None = None
     page_size: int | None = None
     dtype: Any = jnp.bfloat16
-    config: Any = None
+    config: Any = TWO
 
 
-ONE = {"num_warpgroups": 1, "num_stages": 2, "num_teams": 3}
-TWO = {"num_warpgroups": 2, "num_stages": 2, "num_teams": 2}
 CASES = {
-    "rows-of-any-length": Case((400, 1, 0, 130), config=TWO),
-    "one-team": Case((70, 65), config=ONE | {"num_teams": 1}),
-    "blocks-of-128": Case((300, 100), config=ONE | {"block_kv": 128}),
-    "more-teams-than-blocks": Case((70, 3), config=ONE | {"num_teams": 5}),
-    "mqa-d128-several-queries": Case((200, 66), 3, 5, 1, 128, 64, config=TWO),
-    "mha-f16-ragged-queries": Case((200, 66, 5), 4, 2, 2, 40, 40, counts=(4, 1, 3),
-                                   dtype=jnp.float16, config=ONE),
-    "window": Case((400, 130, 7), 2, window=100, max_len=400, config=ONE),
-    "ring": Case((2000, 300, 7), 2, window=100, max_len=4000, config=TWO),
-    "pages-of-16": Case((400, 1, 130), page_size=16, config=TWO),
-    "pages-of-128": Case((400, 70), 2, page_size=128, config=ONE),
+    "rows-of-any-length": Case((300, 1, 0, 130)),
+    "two-kv-heads-in-one-team": Case((70,), num_kv_heads=2, num_q_heads=4, config=TWO | {"num_teams": 1}),
+    "blocks-of-128": Case((200, 100), config=TWO | {"block_kv": 128}),
+    "more-teams-than-blocks": Case((70, 3), config=TWO | {"num_teams": 5}),
+    "mqa-d128-several-queries": Case((150, 66), 3, 5, 1, 128, 64),
+    "mha-f16-ragged-queries": Case((140, 66, 5), 4, 1, 1, 40, 40, counts=(4, 1, 3),
+                                   dtype=jnp.float16),
+    "window": Case((300, 130, 7), 2, window=70),
+    "ring": Case((800, 200, 7), 2, window=70, max_len=900),
+    "pages-of-16": Case((200, 1, 130), page_size=16),
+    "pages-of-128": Case((200, 70), 2, page_size=128),
 }  # fmt: skip
 
 
@@ -80,7 +85,10 @@ def problem(case: Case) -> Problem:
         )
     else:
         cache = pf.PagedKVCache.create(
-            *sizes, value_dim=case.value_dim, page_size=case.page_size, num_pages=80
+            *sizes,
+            value_dim=case.value_dim,
+            page_size=case.page_size,
+            num_pages=sum(-(-n // case.page_size) for n in case.lengths) + 1,
         )
         # Rows that grow in turns have no pages in a row.
         for part in (3, 2, 1):
@@ -120,9 +128,158 @@ def test_out_and_lse_match_the_oracle_without_races(name):
     with jax.enable_x64(True):
         wide = (jnp.asarray(np.asarray(x, np.float64)) for x in (p.operands.q, p.k, p.v))
         true_out, true_lse = jax.device_get(oracle.attention(*wide, allowed=p.allowed))
-    plain = oracle.plain_attention_with_lse(p.operands.q, p.k, p.v, p.allowed)[0]
+    plain = jax.jit(oracle.plain_attention_with_lse)(p.operands.q, p.k, p.v, p.allowed)[0]
     real = np.arange(out.shape[1]) < np.asarray(p.operands.counts)[:, None]
     out = jnp.where(real[..., None, None], out, 0)
     assert_as_good_as_plain(out, plain, true_out, "out", factor=2.0)
     real = np.broadcast_to(real[:, None], lse.shape)
     np.testing.assert_allclose(np.asarray(lse)[real], true_lse[real], rtol=0, atol=5e-6)
+
+
+@interpreted
+def test_nan_stays_in_its_row():
+    p = problem(CASES["rows-of-any-length"])
+    (clean, _), _ = interpret(p)
+    cache = p.operands.cache
+    spoilt = dataclasses.replace(cache, v=cache.v.at[3, 129].set(jnp.nan))
+    (out, _), _ = interpret(p._replace(operands=dataclasses.replace(p.operands, cache=spoilt)))
+    assert np.isnan(out[3]).all()
+    assert (out[:3] == clean[:3]).all()
+
+
+# ---------------------------------------------------------------------------------------------
+# How the work is shared out
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("num_teams", [1, 5, 40])
+def test_teams_have_equal_shares_of_all_key_blocks(num_teams, window):
+    lengths = np.array([1000, 0, 1, 64, 65, 700, 0], np.int32)
+    spec = problem(Case((1,) * 7, max_len=1000, window=window)).spec
+    # A window in a cache with room for all.
+    cache = dataclasses.replace(spec.cache, k=jax.ShapeDtypeStruct((7, 1000, 1, 16), jnp.bfloat16))
+    spec = dataclasses.replace(spec, cache=cache)
+    share = jax.device_get(decode_share.share_out(spec, 64, num_teams, lengths, lengths - 1))
+    first, last = jax.device_get(decode_share.key_blocks(spec, 64, lengths, lengths - 1))
+    total = (last - first).sum()
+    assert share.ends[-1] == total == (31 if window is None else 8)
+    row_of = np.repeat(np.arange(7), last - first)
+    blocks = np.arange(total)
+    teams = np.asarray(decode_share.team_of(blocks, total, num_teams))
+    sizes = np.bincount(teams, minlength=num_teams)
+    assert (np.diff(teams) >= 0).all() and sizes.max() <= -(-total // num_teams)
+    assert sizes.min() >= total // num_teams
+    begins = np.asarray(decode_share.share_begin(np.arange(num_teams + 1), total, num_teams))
+    np.testing.assert_array_equal(begins, [0, *np.cumsum(sizes)])
+    for team in np.unique(teams):
+        assert share.first_rows[team] == row_of[teams == team][0]
+    # A part for each team and row that meet.
+    parts = set(zip(teams, row_of))
+    assert len({team + row for team, row in parts}) == len(parts)
+
+
+# ---------------------------------------------------------------------------------------------
+# Mutations: the kernel without one of its waits or fences must be caught.
+
+
+@functools.cache
+def mutation_problem() -> Problem:
+    """Two rows in one team, with stages that are used again."""
+    return problem(Case((260, 3), config=TWO | {"num_teams": 1}))
+
+
+def callers(name: str) -> list[str]:
+    """The functions that call ``plgpu.name`` while the kernel is traced."""
+    recorder = WithoutCall(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plgpu", recorder)
+        p = mutation_problem()
+        jax.eval_shape(lambda o: module.forward(p.spec, p.config, o), p.operands)
+    return recorder.callers
+
+
+GUARDS = [
+    (name, i)
+    for name in ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
+    for i, caller in enumerate(callers(name))
+    # The producer's last waits are there for interpret mode only.
+    if caller != "_load.<locals>._"
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "index"), GUARDS)
+def test_a_missing_wait_or_fence_is_caught(monkeypatch, name, index):
+    monkeypatch.setattr(module, "plgpu", WithoutCall(name, index))
+    p = mutation_problem()
+    assert is_caught(jax.jit(lambda o: module.forward(p.spec, p.config, o)), p.operands)
+
+
+# ---------------------------------------------------------------------------------------------
+# Lowering
+
+
+def described(head_dim: int, value_dim: int, q_len: int = 1, **options: Any) -> DecodeOperands:
+    """Shapes of a problem, for lowering."""
+    make = pf.PagedKVCache.create if "num_pages" in options else pf.KVCache.create
+    cache = jax.eval_shape(
+        lambda: make(3, 500, 2, head_dim, jnp.bfloat16, value_dim=value_dim, **options)
+    )
+    q = jax.ShapeDtypeStruct((3, q_len, 8, head_dim), jnp.bfloat16)
+    return DecodeOperands(q, jax.ShapeDtypeStruct((3,), jnp.int32), cache)
+
+
+def lowers(operands: DecodeOperands, **changes: Any) -> bool:
+    spec = DecodeSpec.of(operands, 0.1)
+    assert decode_storage.unsupported(spec) is None
+    config = dataclasses.replace(default_decode_config(spec), **changes)
+    assert config.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT
+    traced = jax.jit(lambda o: module.forward(spec, config, o)).trace(operands)
+    return "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 80, 128, 192, 256])
+def test_head_dims_lower_for_cuda(head_dim):
+    assert lowers(described(head_dim, head_dim))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "value_dim", "options"),
+    [
+        (192, 128, {"q_len": 16}),
+        (64, 256, {"window": 30}),
+        (128, 128, {"window": 600, "q_len": 3}),
+        (128, 128, {"num_pages": 9, "page_size": 16}),
+        (128, 64, {"num_pages": 9, "page_size": 192}),
+    ],
+)
+def test_variants_lower_for_cuda(head_dim, value_dim, options):
+    assert lowers(described(head_dim, value_dim, **options))
+
+
+UNSERVED = {
+    "head_dim=72 must be a multiple of 8": described(72, 64),
+    "value_dim=264": described(64, 264),
+    "17 queries of 4 heads": described(64, 64, 17),
+    "page_size=48": described(64, 64, num_pages=9, page_size=48),
+}
+
+
+@pytest.mark.parametrize("reason", UNSERVED)
+def test_what_the_kernel_does_not_serve_has_a_reason(reason):
+    assert reason in decode_storage.unsupported(DecodeSpec.of(UNSERVED[reason], 0.1))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "rule"),
+    [
+        ("block_kv", 96, "must be 64 or 128"),
+        ("num_stages", 0, "must be at least 1"),
+        ("num_teams", 0, "must be at least 1"),
+    ],
+)
+def test_wrong_configurations_are_refused(field, value, rule):
+    good = default_decode_config(DecodeSpec.of(described(64, 64), 0.1))
+    with pytest.raises(ValueError, match=f"{field}={value} {rule}"):
+        dataclasses.replace(good, **{field: value})

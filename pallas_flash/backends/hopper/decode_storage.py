@@ -30,32 +30,24 @@ class DecodeConfig:
     """How the decode kernel cuts its work.
 
     Fields:
-      num_warpgroups: math warpgroups of a block, which take turns with the key blocks: 1 or 2.
-      block_kv: keys of a block, a multiple of 64.
-      num_stages: blocks of K and V in flight, a multiple of num_warpgroups.
+      block_kv: keys of a block, 64 or 128.
+      num_stages: blocks of K and V in flight.
       num_teams: teams of thread blocks, one block for each kv head, that share the keys out.
 
     Raises:
       ValueError: if a number is outside its range.
     """
 
-    num_warpgroups: int
     block_kv: int
     num_stages: int
     num_teams: int
 
     def __post_init__(self):
-        if self.num_warpgroups not in (1, 2):
-            raise ValueError(f"num_warpgroups={self.num_warpgroups} must be 1 or 2")
         if self.block_kv not in (64, 128):
             raise ValueError(f"block_kv={self.block_kv} must be 64 or 128")
         for name in ("num_stages", "num_teams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.num_stages % self.num_warpgroups:
-            raise ValueError(
-                f"num_stages={self.num_stages} must be a multiple of {self.num_warpgroups=}"
-            )
 
     def shared_memory_bytes(self, spec: Any) -> int:
         """SMEM of a block, from what the kernel allocates."""
@@ -63,10 +55,7 @@ class DecodeConfig:
 
 
 class Storage(NamedTuple):
-    """What a block allocates.
-
-    The leading axis of q, out, lse and q_ready counts warpgroups, that of the others stages.
-    """
+    """What a block allocates. The leading axis of k, v and their barriers counts stages."""
 
     q: Any
     k: Any
@@ -93,16 +82,16 @@ def copies(spec: Any, block_kv: int) -> int:
 
 def storage(spec: Any, config: DecodeConfig) -> Storage:
     """The scratch types of a block."""
-    wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
+    stages, block_kv = config.num_stages, config.block_kv
     qk, vo = columns(spec.head_dim), columns(spec.value_dim)
     arrivals = copies(spec, block_kv)
     return Storage(
-        q=tiled((wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
+        q=tiled((WG_ROWS, qk.smem), spec.dtype, qk.tile),
         k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
         v=tiled((stages, block_kv, vo.smem), spec.dtype, vo.tile),
-        out=tiled((wgs, WG_ROWS, vo.smem), jnp.float32, min(vo.tile, 32)),
-        lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
-        q_ready=plgpu.Barrier(num_barriers=wgs),
+        out=tiled((WG_ROWS, vo.smem), jnp.float32, min(vo.tile, 32)),
+        lse=plgpu.SMEM((WG_ROWS,), jnp.float32),
+        q_ready=plgpu.Barrier(),
         k_ready=plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         v_ready=plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
         k_free=plgpu.Barrier(num_barriers=stages),
@@ -134,8 +123,5 @@ def unsupported(spec: Any) -> str | None:
 def default_decode_config(spec: Any) -> DecodeConfig:
     """A sound configuration for any head_dim and value_dim of 16 to 256."""
     num_teams = max(1, NUM_SMS // spec.num_kv_heads)
-    configs = (
-        DecodeConfig(num_warpgroups, 64, num_stages, num_teams)
-        for num_warpgroups, num_stages in ((2, 6), (2, 4), (1, 3), (1, 2))
-    )
+    configs = (DecodeConfig(64, num_stages, num_teams) for num_stages in (4, 3, 2))
     return next(c for c in configs if c.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT)

@@ -1,0 +1,68 @@
+"""How the key blocks of a batch are shared out among teams of thread blocks.
+
+All key blocks of all rows, one row after the other, are cut into equal shares, one for each team
+(stream-K: Osama et al. 2023, arXiv:2301.03598). What a team has of one row is a part; the parts of
+a row follow each other, and a team's parts too, so ``team + row`` numbers them.
+
+These functions take arrays and numbers alike: the kernels call them as well.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+
+class Share(NamedTuple):
+    """What the kernels need to know of the rows.
+
+    lengths: [B] int32, tokens in the cache; starts: [B] int32, position of the first query; ends:
+    [B] int32, where a row's key blocks end among those of all; first_rows: [teams + 1] int32, the
+    row in which a team's share begins.
+    """
+
+    lengths: Any
+    starts: Any
+    ends: Any
+    first_rows: Any
+
+
+def share_out(spec: Any, block_kv: int, num_teams: int, lengths: Any, starts: Any) -> Share:
+    """The shares of all teams."""
+    lengths = jnp.clip(lengths, 0, spec.cache.max_len)
+    first, last = key_blocks(spec, block_kv, lengths, starts)
+    row = jnp.arange(spec.batch, dtype=jnp.int32)
+    # A sum over a triangle: XLA's cumulative sum would be several kernels.
+    ends = jnp.where(row <= row[:, None], last - first, 0).sum(1, dtype=jnp.int32)
+    begin = share_begin(jnp.arange(num_teams + 1, dtype=jnp.int32), ends[-1], num_teams)
+    first_rows = (ends <= begin[:, None]).sum(1, dtype=jnp.int32)
+    return Share(lengths, starts, ends, first_rows)
+
+
+def key_blocks(spec: Any, block_kv: int, length: Any, start: Any) -> tuple[Any, Any]:
+    """The first and the last of a row's key blocks that hold what a query sees."""
+    last = (jnp.minimum(length, spec.cache.num_slots) + block_kv - 1) // block_kv
+    if spec.cache.window is None or is_ring(spec):
+        return last * 0, last
+    first = jnp.maximum(start - spec.cache.window + 1, 0) // block_kv
+    return jnp.minimum(first, last), last
+
+
+def is_ring(spec: Any) -> bool:
+    """Whether slots and positions differ."""
+    return getattr(spec.cache, "is_ring", False)
+
+
+def share_begin(team: Any, total: Any, num_teams: int) -> Any:
+    """The first of `total` key blocks that a team has."""
+    busy = _busy(total, num_teams)
+    return jnp.minimum(team, busy) * total // busy
+
+
+def team_of(block: Any, total: Any, num_teams: int) -> Any:
+    """The team that has a key block."""
+    return ((block + 1) * _busy(total, num_teams) - 1) // jnp.maximum(total, 1)
+
+
+def _busy(total: Any, num_teams: int) -> Any:
+    """Number of teams that have work: each at least one block."""
+    return jnp.minimum(jnp.maximum(total, 1), num_teams)
