@@ -45,16 +45,16 @@ class Case(NamedTuple):
 
 CASES = {
     "rows-of-any-length": Case((300, 1, 0, 130)),
-    "two-kv-heads-in-one-team": Case((70,), num_kv_heads=2, num_q_heads=4, config=TWO | {"num_teams": 1}),
-    "blocks-of-128": Case((200, 100), config=TWO | {"block_kv": 128}),
+    "two-kv-heads-in-one-team": Case((70,), 1, 4, 2, config=TWO | {"num_teams": 1}),
+    "blocks-of-128": Case((200,), config=TWO | {"block_kv": 128}),
     "more-teams-than-blocks": Case((70, 3), config=TWO | {"num_teams": 5}),
-    "mqa-d128-several-queries": Case((150, 66), 3, 5, 1, 128, 64),
-    "mha-f16-ragged-queries": Case((140, 66, 5), 4, 1, 1, 40, 40, counts=(4, 1, 3),
+    "mqa-d128-several-queries": Case((150,), 3, 5, 1, 128, 64),
+    "mha-f16-ragged-queries": Case((140, 5), 4, 1, 1, 40, 40, counts=(4, 1),
                                    dtype=jnp.float16),
-    "window": Case((300, 130, 7), 2, window=70),
-    "ring": Case((800, 200, 7), 2, window=70, max_len=900),
-    "pages-of-16": Case((200, 1, 130), page_size=16),
-    "pages-of-128": Case((200, 70), 2, page_size=128),
+    "window": Case((300, 7), 2, window=70),
+    "ring": Case((500, 7), 2, window=70, max_len=600),
+    "pages-of-16": Case((130, 1), page_size=16),
+    "pages-of-128": Case((200,), 2, page_size=128),
 }  # fmt: skip
 
 
@@ -138,13 +138,13 @@ def test_out_and_lse_match_the_oracle_without_races(name):
 
 @interpreted
 def test_nan_stays_in_its_row():
-    p = problem(CASES["rows-of-any-length"])
+    p = problem(Case((70, 3)))
     (clean, _), _ = interpret(p)
     cache = p.operands.cache
-    spoilt = dataclasses.replace(cache, v=cache.v.at[3, 129].set(jnp.nan))
+    spoilt = dataclasses.replace(cache, v=cache.v.at[0, 69].set(jnp.nan))
     (out, _), _ = interpret(p._replace(operands=dataclasses.replace(p.operands, cache=spoilt)))
-    assert np.isnan(out[3]).all()
-    assert (out[:3] == clean[:3]).all()
+    assert np.isnan(out[0]).all()
+    assert (out[1] == clean[1]).all()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -202,8 +202,9 @@ GUARDS = [
     (name, i)
     for name in ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
     for i, caller in enumerate(callers(name))
-    # The producer's last waits are there for interpret mode only.
-    if caller != "_load.<locals>._"
+    # The producer's last waits are there for interpret mode only, and what a thread has stored
+    # itself never counts as a race there.
+    if caller != "_load.<locals>._" and (name, caller) != ("commit_smem", "_zero_unused")
 ]
 
 
