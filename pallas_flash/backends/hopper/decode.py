@@ -18,6 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_flash.backends import tile
 from pallas_flash.backends.hopper.decode_merge import merge, width_of
 from pallas_flash.backends.hopper.decode_share import (
     Share,
@@ -27,6 +28,7 @@ from pallas_flash.backends.hopper.decode_share import (
     share_out,
 )
 from pallas_flash.backends.hopper.decode_storage import (
+    BLOCK_KV,
     REDUCTION_SCRATCH_BYTES,
     WG_ROWS,
     DecodeConfig,
@@ -116,7 +118,7 @@ class Kernel:
 def forward(spec: Any, config: DecodeConfig, operands: Any) -> tuple[Any, Any]:
     """out [B, Tq, Hq, Dv] in q's dtype and lse [B, Hq, Tq] float32, natural log."""
     num_teams = config.num_teams
-    share = share_out(spec, config.block_kv, num_teams, operands.cache.lengths, operands.starts)
+    share = share_out(spec, num_teams, operands.cache.lengths, operands.starts)
     parts, lse_log2 = _launch(spec, config, _inputs(spec, operands, share))
     out, lse = merge(spec, config, share, parts, lse_log2)
     return out.astype(spec.dtype), lse
@@ -182,7 +184,7 @@ def _for_each_segment(kernel: Kernel, body: Callable[[Segment, Any, Any], Any], 
         row, state = carry
         # Read a row ahead: the memory's latency passes meanwhile.
         following = _row(kernel, jnp.minimum(index + 1, last_row))
-        first_block, _ = key_blocks(kernel.spec, kernel.config.block_kv, row.length, row.start)
+        first_block, _ = key_blocks(kernel.spec, row.length, row.start)
         segment = Segment(
             row,
             first=first_block + jnp.maximum(low, row.begin) - row.begin,
@@ -201,7 +203,7 @@ def _row(kernel: Kernel, index: Any) -> Row:
     length, start, end = (
         read_scalar(array, index) for array in (share.lengths, share.starts, share.ends)
     )
-    first_block, last_block = key_blocks(kernel.spec, kernel.config.block_kv, length, start)
+    first_block, last_block = key_blocks(kernel.spec, length, start)
     return Row(index, length, start, end - (last_block - first_block), end)
 
 
@@ -233,10 +235,10 @@ def _load(kernel: Kernel) -> None:
 def _load_block(kernel: Kernel, row: Row, t: Any, i: Any) -> None:
     """Loads K and V of a row's key block `i`, the team's step `t`, into their stage."""
     gmem, smem, stage = kernel.gmem, kernel.smem, kernel.stage(t)
-    block_kv, num_copies = kernel.config.block_kv, copies(kernel.spec, kernel.config.block_kv)
-    size = block_kv // num_copies
+    num_copies = copies(kernel.spec)
+    size = BLOCK_KV // num_copies
     # Read before the wait: the memory's latency passes meanwhile.
-    places = [_locate(kernel, row, i * block_kv + n * size) for n in range(num_copies)]
+    places = [_locate(kernel, row, i * BLOCK_KV + n * size) for n in range(num_copies)]
     for array, tiles, ready, free in (
         (gmem.k, smem.k, smem.k_ready, smem.k_free),
         (gmem.v, smem.v, smem.v_ready, smem.v_free),
@@ -306,7 +308,7 @@ def _attend(kernel: Kernel, segment: Segment, first_step: Any, acc: Any) -> Stat
     # Key blocks that all queries see whole; without a window they come first.
     full = first
     if kernel.spec.cache.window is None:
-        full = lax.div(segment.row.start + 1, jnp.int32(kernel.config.block_kv))
+        full = lax.div(segment.row.start + 1, jnp.int32(BLOCK_KV))
         full = jnp.clip(full, first, last)
 
     def visit(i, state, is_masked):
@@ -322,16 +324,16 @@ def _step(
 ) -> State:
     """The state after key block `i`, which is the team's step `t`."""
     smem, stage = kernel.smem, kernel.stage(t)
-    block_kv = kernel.config.block_kv
 
     def scores(s_acc):
         plgpu.barrier_wait(smem.k_ready.at[stage])
         plgpu.wgmma(s_acc, smem.q, smem.k.at[stage].transpose((1, 0)))
         s = load_accumulator(s_acc, wait_n=0)
         plgpu.barrier_arrive(smem.k_free.at[stage])
-        return s * (kernel.spec.scale * LOG2_E)
+        # Score mods that do not look at positions are all that this kernel serves.
+        return tile.logits(s, None, None, kernel.spec.scale, kernel.spec.score_mod) * LOG2_E
 
-    s = pl.run_scoped(scores, plgpu.ACC((WG_ROWS, block_kv), jnp.float32))
+    s = pl.run_scoped(scores, plgpu.ACC((WG_ROWS, BLOCK_KV), jnp.float32))
     if is_masked:
         s = jnp.where(_allowed(kernel, segment, i), s, -jnp.inf)
     m_log2 = jnp.maximum(state.m_log2, s.max(axis=1))
@@ -354,7 +356,7 @@ def _step(
 def _positions(kernel: Kernel, segment: Segment, i: Any, shape: Any, axis: int) -> tuple[Any, Any]:
     """Positions of the keys of block `i` along an axis of a matrix, and which of them exist."""
     slot = plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
-    slot = slot + i * kernel.config.block_kv
+    slot = slot + i * BLOCK_KV
     if not is_ring(kernel.spec):
         return slot, slot <= (segment.row.length - 1)
     num_slots = kernel.spec.cache.num_slots
@@ -366,8 +368,8 @@ def _positions(kernel: Kernel, segment: Segment, i: Any, shape: Any, axis: int) 
 
 
 def _allowed(kernel: Kernel, segment: Segment, i: Any) -> Any:
-    """Which scores of a block count: [64, block_kv] bool."""
-    shape = (WG_ROWS, kernel.config.block_kv)
+    """Which scores of a block count: [64, BLOCK_KV] bool."""
+    shape = (WG_ROWS, BLOCK_KV)
     kv_pos, exists = _positions(kernel, segment, i, shape, 1)
     row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
     q_pos = lax.div(row, jnp.int32(kernel.spec.group)) + segment.row.start

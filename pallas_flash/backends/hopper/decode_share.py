@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from pallas_flash.backends.hopper.decode_storage import BLOCK_KV
+
 
 class Share(NamedTuple):
     """What the kernels need to know of the rows.
@@ -26,10 +28,10 @@ class Share(NamedTuple):
     first_rows: Any
 
 
-def share_out(spec: Any, block_kv: int, num_teams: int, lengths: Any, starts: Any) -> Share:
+def share_out(spec: Any, num_teams: int, lengths: Any, starts: Any) -> Share:
     """The shares of all teams."""
     lengths = jnp.clip(lengths, 0, spec.cache.max_len)
-    first, last = key_blocks(spec, block_kv, lengths, starts)
+    first, last = key_blocks(spec, lengths, starts)
     row = jnp.arange(spec.batch, dtype=jnp.int32)
     # A sum over a triangle: XLA's cumulative sum would be several kernels.
     ends = jnp.where(row <= row[:, None], last - first, 0).sum(1, dtype=jnp.int32)
@@ -38,12 +40,12 @@ def share_out(spec: Any, block_kv: int, num_teams: int, lengths: Any, starts: An
     return Share(lengths, starts, ends, first_rows)
 
 
-def key_blocks(spec: Any, block_kv: int, length: Any, start: Any) -> tuple[Any, Any]:
+def key_blocks(spec: Any, length: Any, start: Any) -> tuple[Any, Any]:
     """The first and the last of a row's key blocks that hold what a query sees."""
-    last = (jnp.minimum(length, spec.cache.num_slots) + block_kv - 1) // block_kv
+    last = (jnp.minimum(length, spec.cache.num_slots) + BLOCK_KV - 1) // BLOCK_KV
     if spec.cache.window is None or is_ring(spec):
         return last * 0, last
-    first = jnp.maximum(start - spec.cache.window + 1, 0) // block_kv
+    first = jnp.maximum(start - spec.cache.window + 1, 0) // BLOCK_KV
     return jnp.minimum(first, last), last
 
 
