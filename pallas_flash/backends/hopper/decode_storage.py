@@ -110,7 +110,7 @@ def unsupported(spec: Any) -> str | None:
         return f"masks are not in the Hopper decode kernel: {type(spec.mask).__name__}"
     for part in parts(spec.score_mod):
         if not isinstance(part, Softcap | Chain):
-            return f"{type(part).__name__} is not in the Hopper decode kernel, of score mods Softcap is"
+            return f"the Hopper decode kernel has no score mod but Softcap: {type(part).__name__}"
     if spec.q_len * spec.group > WG_ROWS:
         return f"{spec.q_len} queries of {spec.group} heads that share keys are more than {WG_ROWS}"
     page_size = getattr(spec.cache, "page_size", None)
