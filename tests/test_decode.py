@@ -441,6 +441,14 @@ def test_a_donated_cache_is_not_copied(make):
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.9 * cache_bytes
 
 
+@pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+def test_gradients_are_refused(make):
+    q, k, v = sequences()
+    cache = make().append(k, v)
+    with pytest.raises(NotImplementedError, match="decode_attention is not differentiable"):
+        jax.grad(lambda q: pf.decode_attention(q, cache).sum())(q[:, -1:])
+
+
 @pytest.mark.parametrize("make", [contiguous, functools.partial(contiguous, window=5)])
 def test_vmap_over_caches(make):
     q, k, v = sequences()

@@ -85,7 +85,7 @@ def decode_attention(
     _select(spec, backend)
     if backend is None:
         _warn_of_fallback(spec)
-    return _decode(Plan(scale, backend), operands, sinks)
+    return _decode(Plan(scale, backend), _without_gradient(operands), sinks)
 
 
 def explain_decode(
@@ -104,6 +104,19 @@ def explain_decode(
     )
     spec = DecodeSpec.of(operands, scale)
     return {b.name: b.unsupported(spec) or dispatch.no_device(b) for b in BACKENDS}
+
+
+@jax.custom_jvp
+def _without_gradient(operands: DecodeOperands) -> DecodeOperands:
+    """The same, with an error of our own for who differentiates it."""
+    return operands
+
+
+@_without_gradient.defjvp
+def _(primals, tangents):
+    raise NotImplementedError(
+        "decode_attention is not differentiable: to train, take flash_attention"
+    )
 
 
 def is_prompt(spec: DecodeSpec) -> bool:
