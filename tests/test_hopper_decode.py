@@ -177,7 +177,7 @@ def test_teams_have_equal_shares_of_all_key_blocks(num_teams, window):
     # A window in a cache with room for all.
     cache = dataclasses.replace(spec.cache, k=jax.ShapeDtypeStruct((7, 1000, 1, 16), jnp.bfloat16))
     spec = dataclasses.replace(spec, cache=cache)
-    share = jax.device_get(decode_share.share_out(spec, num_teams, lengths, lengths - 1))
+    share = jax.device_get(decode_share.share_out(spec, num_teams, lengths, 1))
     first, last = jax.device_get(decode_share.key_blocks(spec, lengths, lengths - 1))
     total = (last - first).sum()
     assert share.ends[-1] == total == (31 if window is None else 8)
@@ -208,8 +208,8 @@ def mutation_problem() -> Problem:
 
 def launch(p: Problem, operands: DecodeOperands) -> Any:
     """The kernel without the one that joins parts."""
-    lengths, starts = operands.cache.lengths, operands.starts
-    share = decode_share.share_out(p.spec, p.config.num_teams, lengths, starts)
+    lengths, counts = operands.cache.lengths, operands.counts
+    share = decode_share.share_out(p.spec, p.config.num_teams, lengths, counts)
     return module._launch(p.spec, p.config, module._inputs(p.spec, operands, share))
 
 

@@ -118,7 +118,7 @@ class Kernel:
 def forward(spec: Any, config: DecodeConfig, operands: Any) -> tuple[Any, Any]:
     """out [B, Tq, Hq, Dv] in q's dtype and lse [B, Hq, Tq] float32, natural log."""
     num_teams = config.num_teams
-    share = share_out(spec, num_teams, operands.cache.lengths, operands.starts)
+    share = share_out(spec, num_teams, operands.cache.lengths, operands.counts)
     parts, lse_log2 = _launch(spec, config, _inputs(spec, operands, share))
     out, lse = merge(spec, config, share, parts, lse_log2)
     return out.astype(spec.dtype), lse
@@ -200,9 +200,10 @@ def _for_each_segment(kernel: Kernel, body: Callable[[Segment, Any, Any], Any], 
 
 def _row(kernel: Kernel, index: Any) -> Row:
     share = kernel.gmem.share
-    length, start, end = (
-        read_scalar(array, index) for array in (share.lengths, share.starts, share.ends)
+    length, count, end = (
+        read_scalar(array, index) for array in (share.lengths, share.counts, share.ends)
     )
+    start = length - count
     first_block, last_block = key_blocks(kernel.spec, length, start)
     return Row(index, length, start, end - (last_block - first_block), end)
 

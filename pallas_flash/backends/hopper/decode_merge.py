@@ -80,8 +80,8 @@ def merge(
 
 def _span(spec: Any, config: DecodeConfig, share: Share, row: Any) -> tuple[Any, Any]:
     """The number of a row's first part, and how many it has."""
-    length, start, end = (read_scalar(x, row) for x in (share.lengths, share.starts, share.ends))
-    first_block, last_block = key_blocks(spec, length, start)
+    length, count, end = (read_scalar(x, row) for x in (share.lengths, share.counts, share.ends))
+    first_block, last_block = key_blocks(spec, length, length - count)
     total = read_scalar(share.ends, jnp.int32(spec.batch - 1))
     begin = end - (last_block - first_block)
     first, last = (team_of(block, total, config.num_teams) for block in (begin, end - 1))

@@ -17,31 +17,34 @@ from pallas_flash.backends.hopper.decode_storage import BLOCK_KV
 class Share(NamedTuple):
     """What the kernels need to know of the rows.
 
-    lengths: [B] int32, tokens in the cache; starts: [B] int32, position of the first query; ends:
-    [B] int32, where a row's key blocks end among those of all; first_rows: [teams + 1] int32, the
-    row in which a team's share begins.
+    lengths: [B] int32, tokens in the cache; counts: [B] int32, queries; ends: [B] int32, where a
+    row's key blocks end among those of all; first_rows: [teams + 1] int32, the row in which a
+    team's share begins.
     """
 
     lengths: Any
-    starts: Any
+    counts: Any
     ends: Any
     first_rows: Any
 
 
-def share_out(spec: Any, num_teams: int, lengths: Any, starts: Any) -> Share:
+def share_out(spec: Any, num_teams: int, lengths: Any, counts: Any) -> Share:
     """The shares of all teams."""
-    lengths = jnp.clip(lengths, 0, spec.cache.max_len)
-    first, last = key_blocks(spec, lengths, starts)
+    first, last = key_blocks(spec, lengths, lengths - counts)
     row = jnp.arange(spec.batch, dtype=jnp.int32)
     # A sum over a triangle: XLA's cumulative sum would be several kernels.
     ends = jnp.where(row <= row[:, None], last - first, 0).sum(1, dtype=jnp.int32)
     begin = share_begin(jnp.arange(num_teams + 1, dtype=jnp.int32), ends[-1], num_teams)
     first_rows = (ends <= begin[:, None]).sum(1, dtype=jnp.int32)
-    return Share(lengths, starts, ends, first_rows)
+    return Share(lengths, counts, ends, first_rows)
 
 
 def key_blocks(spec: Any, length: Any, start: Any) -> tuple[Any, Any]:
-    """The first and the last of a row's key blocks that hold what a query sees."""
+    """The first and the last of a row's key blocks that hold what a query sees.
+
+    length: tokens in the cache, max_len + 1 in a row that is lost; start: position of the first
+    query.
+    """
     last = (jnp.minimum(length, spec.cache.num_slots) + BLOCK_KV - 1) // BLOCK_KV
     if spec.cache.window is None or is_ring(spec):
         return last * 0, last
