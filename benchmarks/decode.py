@@ -8,13 +8,14 @@ bound by memory: what counts is the share of the bandwidth that a copy has in th
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 # Before jax is imported. Kernels of attention are measured, not XLA's choice of tiles.
@@ -136,42 +137,65 @@ def _reference(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> j
         return jnp.einsum("tkgs,skd->tkgd", p, v).reshape(q_len, num_q_heads, head_dim)
 
 
-def relative_error(out: jax.Array, q: jax.Array, cache: pf.KVCache) -> float:
-    """The largest of the first and the last row: L2 norm of the error over that of the truth."""
-    errors = []
-    for row in (0, len(q) - 1):
-        truth = _reference(q[row], cache.k[row], cache.v[row], cache.lengths[row])
-        difference = jnp.linalg.norm(out[row].astype(jnp.float32) - truth)
-        errors.append(float(difference / jnp.linalg.norm(truth)))
+def reference(q: jax.Array, cache: pf.KVCache) -> dict[int, jax.Array]:
+    """out [Tq, Hq, D] in float32 of the first and the last row."""
+    return {
+        row: _reference(q[row], cache.k[row], cache.v[row], cache.lengths[row])
+        for row in (0, len(q) - 1)
+    }
+
+
+def relative_error(out: jax.Array, truth: dict[int, jax.Array]) -> float:
+    """The largest of the rows' errors: L2 norm of the error over that of the truth."""
+    errors = [
+        float(jnp.linalg.norm(out[row].astype(jnp.float32) - x) / jnp.linalg.norm(x))
+        for row, x in truth.items()
+    ]
     return float(f"{max(errors):.3g}")
 
 
-def measure(case: Case, impl: str, copy_gb_s: float, iterations: int) -> dict[str, Any]:
-    """The row of one implementation."""
-    row = {"case": str(case), **vars(case), "impl": impl, "commit": record.commit()}
-    row |= {"date": record.today(), "bytes": case.bytes}
+def lower(case: Case, impl: str) -> Any:
+    """The call of an implementation, lowered for the device at hand."""
+    if case.q_len > 1 and impl in ("cudnn", "xla"):
+        raise NotImplementedError("it has no mask for several queries at the end of each row")
     attention, make_cache = IMPLS[impl]
-    try:
-        if case.q_len > 1 and impl in ("cudnn", "xla"):
-            raise NotImplementedError("it has no mask for several queries at the end of each row")
+    cache = jax.eval_shape(lambda: make_cache(case.cache()))
+    return jax.jit(lambda q, cache: attention(q, cache)).lower(jax.eval_shape(case.queries), cache)
+
+
+def measure(
+    case: Case, impls: list[str], copy_gb_s: float, iterations: int
+) -> Iterator[dict[str, Any]]:
+    """A row for each implementation."""
+    builds: dict[str, Any] = {}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for impl in impls:
+            try:
+                builds[impl] = pool.submit(lower(case, impl).compile)
+            # Anything: each refuses in its own way, the others are measured all the same.
+            except Exception as error:
+                builds[impl] = error
         contiguous, q = case.cache(), case.queries()
-        cache = make_cache(contiguous)
-        if cache is not contiguous:
-            del contiguous
-        out, spread = timing.gpu_ms(jax.jit(attention), q, cache, iterations=iterations)
-        del cache
-        gb_s = case.bytes / spread.median / 1e6
-        row |= {
-            "ms": round(spread.median, 5),
-            "ms_range": [round(spread.low, 5), round(spread.high, 5)],
-            "gb_s": round(gb_s, 1),
-            "share_of_copy": round(gb_s / copy_gb_s, 4),
-            "rel_err": relative_error(out, q, case.cache()),
-        }
-    # Anything: an implementation refuses in its own way, the others are measured all the same.
-    except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"[:300]
-    return row
+        truth = reference(q, contiguous)
+    for impl, build in builds.items():
+        row = {"case": str(case), **vars(case), "impl": impl, "commit": record.commit()}
+        row |= {"date": record.today(), "bytes": case.bytes}
+        try:
+            if isinstance(build, Exception):
+                raise build
+            cache = IMPLS[impl][1](contiguous)
+            out, spread = timing.gpu_ms(build.result(), q, cache, iterations=iterations)
+            gb_s = case.bytes / spread.median / 1e6
+            row |= {
+                "ms": round(spread.median, 5),
+                "ms_range": [round(spread.low, 5), round(spread.high, 5)],
+                "gb_s": round(gb_s, 1),
+                "share_of_copy": round(gb_s / copy_gb_s, 4),
+                "rel_err": relative_error(out, truth),
+            }
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:300]
+        yield row
 
 
 def dry(cases: list[Case]) -> None:
@@ -232,17 +256,16 @@ def main(words: list[str] | None = None) -> int:
     print(f"{device}: a copy reads and writes {header['copy_gb_s']} GB/s")
     failed = False
     for case in options.cases:
-        for impl in options.impl:
-            row = measure(case, impl, header["copy_gb_s"], options.iterations)
+        for row in measure(case, options.impl, header["copy_gb_s"], options.iterations):
             record.write(path, header, [row], KEY)
-            failed |= "error" in row and impl.startswith("ours")
+            failed |= "error" in row and row["impl"].startswith("ours")
             result = row.get("error", "").split("\n")[0][:90]
             if not result:
                 result = (
                     f"{row['ms']:9.4f} ms {row['gb_s']:7.1f} GB/s {row['share_of_copy']:6.3f} of a "
                     f"copy, error {row['rel_err']:.1e}"
                 )
-            print(f"{case!s:42} {impl:10} {result}", flush=True)
+            print(f"{case!s:42} {row['impl']:10} {result}", flush=True)
     print(f"written to {path}")
     return int(failed)
 

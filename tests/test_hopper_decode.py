@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 CASES = {
     "rows-of-any-length-two-kv-heads": Case((200, 1, 0, 70), num_kv_heads=2),
-    "more-teams-than-blocks": Case((70, 3), config={"num_stages": 2, "num_teams": 5}),
+    "more-teams-than-work": Case((70, 3), config={"num_stages": 2, "num_teams": 9}),
     "mqa-d128-several-queries": Case((150,), 3, 5, 1, 128, 64),
     "mha-f16-ragged-queries": Case((140, 5), 4, 1, 1, 40, 40, counts=(4, 1),
                                    dtype=jnp.float16),
@@ -179,11 +179,12 @@ def test_teams_have_equal_shares_of_all_key_blocks(num_teams, window):
     spec = dataclasses.replace(spec, cache=cache)
     share = jax.device_get(decode_share.share_out(spec, num_teams, lengths, 1))
     first, last = jax.device_get(decode_share.key_blocks(spec, lengths, lengths - 1))
-    total = (last - first).sum()
-    assert share.ends[-1] == total == (31 if window is None else 8)
-    row_of = np.repeat(np.arange(7), last - first)
-    blocks = np.arange(total)
-    teams = np.asarray(decode_share.team_of(blocks, total, num_teams))
+    assert (last - first).sum() == (31 if window is None else 8)
+    work = jax.device_get(decode_share.row_work(first, last))
+    total = work.sum()
+    assert share.ends[-1] == total == (last - first).sum() + 5 * decode_share.ROW_WORK
+    row_of, pieces = np.repeat(np.arange(7), work), np.arange(total)
+    teams = np.asarray(decode_share.team_of(pieces, total, num_teams))
     sizes = np.bincount(teams, minlength=num_teams)
     assert (np.diff(teams) >= 0).all() and sizes.max() <= -(-total // num_teams)
     assert sizes.min() >= total // num_teams

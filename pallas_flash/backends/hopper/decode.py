@@ -22,8 +22,10 @@ from pallas_flash.backends import tile
 from pallas_flash.backends.hopper.decode_merge import merge, width_of
 from pallas_flash.backends.hopper.decode_share import (
     Share,
+    blocks_of_work,
     is_ring,
     key_blocks,
+    row_work,
     share_begin,
     share_out,
 )
@@ -71,23 +73,30 @@ class Inputs(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of the batch: its number, tokens, first query's position, and where its key blocks
-    begin and end among those of all."""
+    """One row of the batch: its number, tokens, first query's position, first key block, and where
+    its work begins and ends in that of all."""
 
     index: Any
     length: Any
     start: Any
+    first_block: Any
     begin: Any
     end: Any
 
 
 class Segment(NamedTuple):
-    """The key blocks first..last of a row that one team visits. part: where its result goes."""
+    """The key blocks first..last of a row that one team visits, none perhaps.
+
+    part: where the result goes; is_first: of the team's; next_row: the number of the team's next
+    row, or -1.
+    """
 
     row: Row
     first: Any
     last: Any
     part: Any
+    is_first: Any
+    next_row: Any
 
 
 class State(NamedTuple):
@@ -165,11 +174,8 @@ def _launch(spec: Any, config: DecodeConfig, inputs: Inputs) -> tuple[Any, Any]:
     )(inputs)
 
 
-def _for_each_segment(kernel: Kernel, body: Callable[[Segment, Any, Any], Any], init: Any) -> Any:
-    """``state = body(segment, next_row, state)`` for the rows that this team has keys of.
-
-    next_row: the number of the row after it, or -1 if that is not the team's.
-    """
+def _for_each_segment(kernel: Kernel, body: Callable[[Segment, Any], Any]) -> Any:
+    """``step = body(segment, step)`` for the rows that this team has a part of, from step 0 on."""
     share, num_teams = kernel.gmem.share, kernel.config.num_teams
     last_row = jnp.int32(kernel.spec.batch - 1)
     total = read_scalar(share.ends, last_row)
@@ -181,21 +187,21 @@ def _for_each_segment(kernel: Kernel, body: Callable[[Segment, Any, Any], Any], 
     end_row = jnp.where(low < high, end_row + has_part.astype(jnp.int32), first_row)
 
     def visit(index, carry):
-        row, state = carry
+        row, step = carry
         # Read a row ahead: the memory's latency passes meanwhile.
         following = _row(kernel, jnp.minimum(index + 1, last_row))
-        first_block, _ = key_blocks(kernel.spec, row.length, row.start)
         segment = Segment(
             row,
-            first=first_block + jnp.maximum(low, row.begin) - row.begin,
-            last=first_block + jnp.minimum(high, row.end) - row.begin,
+            first=row.first_block + blocks_of_work(jnp.maximum(low, row.begin) - row.begin),
+            last=row.first_block + blocks_of_work(jnp.minimum(high, row.end) - row.begin),
             part=kernel.team + index,
+            is_first=index == first_row,
+            next_row=jnp.where(index + 1 < end_row, index + 1, -1),
         )
-        next_index = jnp.where(index + 1 < end_row, index + 1, -1)
-        return following, body(segment, next_index, state)
+        return following, body(segment, step)
 
-    first = _row(kernel, jnp.minimum(first_row, last_row))
-    return lax.fori_loop(first_row, end_row, visit, (first, init))[1]
+    first = _row(kernel, jnp.minimum(first_row, last_row)), jnp.int32(0)
+    return lax.fori_loop(first_row, end_row, visit, first)[1]
 
 
 def _row(kernel: Kernel, index: Any) -> Row:
@@ -204,8 +210,8 @@ def _row(kernel: Kernel, index: Any) -> Row:
         read_scalar(array, index) for array in (share.lengths, share.counts, share.ends)
     )
     start = length - count
-    first_block, last_block = key_blocks(kernel.spec, length, start)
-    return Row(index, length, start, end - (last_block - first_block), end)
+    blocks = key_blocks(kernel.spec, length, start)
+    return Row(index, length, start, blocks[0], end - row_work(*blocks), end)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -216,14 +222,14 @@ def _load(kernel: Kernel) -> None:
     """Streams the key blocks of all segments through the stages."""
     smem = kernel.smem
 
-    def load_segment(segment, _, first_step):
+    def load_segment(segment, first_step):
         def load(i, _):
             _load_block(kernel, segment.row, first_step + i - segment.first, i)
 
         lax.fori_loop(segment.first, segment.last, load, None)
         return first_step + segment.last - segment.first
 
-    steps = _for_each_segment(kernel, load_segment, jnp.int32(0))
+    steps = _for_each_segment(kernel, load_segment)
     # Interpret mode wants every phase of a barrier observed by whoever waits on it.
     for stage in range(kernel.config.num_stages):
 
@@ -276,20 +282,20 @@ def _compute(kernel: Kernel) -> None:
     """The results of all segments."""
     smem = kernel.smem
 
-    def compute_segment(segment, next_row, step):
+    def compute_segment(segment, step):
         # The first one's queries; those of the others are loaded when the tile is free.
-        pl.when(step == 0)(lambda: _load_q(kernel, segment.row.index))
+        pl.when(segment.is_first)(lambda: _load_q(kernel, segment.row.index))
         plgpu.barrier_wait(smem.q_ready)
 
         def with_accumulator(acc):
             state = _attend(kernel, segment, step, acc)
-            pl.when(next_row >= 0)(lambda: _load_q(kernel, next_row))
+            pl.when(segment.next_row >= 0)(lambda: _load_q(kernel, segment.next_row))
             _finish(kernel, segment, state, acc)
 
         pl.run_scoped(with_accumulator, plgpu.ACC((WG_ROWS, smem.v.shape[-1]), jnp.float32))
         return step + segment.last - segment.first
 
-    _for_each_segment(kernel, compute_segment, jnp.int32(0))
+    _for_each_segment(kernel, compute_segment)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash.backends.hopper.decode_share import Share, key_blocks, team_of
+from pallas_flash.backends.hopper.decode_share import Share, key_blocks, row_work, team_of
 from pallas_flash.backends.hopper.decode_storage import DecodeConfig
 from pallas_flash.backends.hopper.storage import LN_2, read_scalar, round_up
 
@@ -81,11 +81,10 @@ def merge(
 def _span(spec: Any, config: DecodeConfig, share: Share, row: Any) -> tuple[Any, Any]:
     """The number of a row's first part, and how many it has."""
     length, count, end = (read_scalar(x, row) for x in (share.lengths, share.counts, share.ends))
-    first_block, last_block = key_blocks(spec, length, length - count)
+    work = row_work(*key_blocks(spec, length, length - count))
     total = read_scalar(share.ends, jnp.int32(spec.batch - 1))
-    begin = end - (last_block - first_block)
-    first, last = (team_of(block, total, config.num_teams) for block in (begin, end - 1))
-    return first + row, jnp.where(begin < end, last - first + 1, 0)
+    first, last = (team_of(x, total, config.num_teams) for x in (end - work, end - 1))
+    return first + row, jnp.where(work > 0, last - first + 1, 0)
 
 
 def _constant(x: Any, width: int) -> Any:
