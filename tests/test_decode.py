@@ -173,12 +173,33 @@ def test_score_mods_see_positions_of_the_sequence(name, make):
     assert_equal(out, at_queries(want))
 
 
-def test_many_queries_with_a_mask_go_through_the_cache_in_parts():
-    q, k, v = qkv(Sizes(1, 140, 140, 2, 1, 8, 8))
-    cache = pf.KVCache.create(1, 140, 1, 8, jnp.float32).append(k, v)
-    mask = pf.SlidingWindow(30, 0)
-    out = pf.decode_attention(q, cache, mask=mask)
-    want = pf.flash_attention(q, k, v, mask=pf.Causal() & mask)
+LONG = Sizes(1, 140, 140, 2, 1, 8, 8)
+
+
+def prompt(**options):
+    """out of 130 queries at once behind ten tokens that were there, and what it should be."""
+    q, k, v = qkv(LONG)
+    cache = pf.KVCache.create(1, 140, 1, 8, jnp.float32).append(k[:, :10], v[:, :10])
+    new = (x[:, 10:] for x in (q, k, v))
+    out = jax.jit(
+        lambda cache, q, k, v: pf.decode_attention(q, cache.append(k, v), **options)
+    )(cache, *new)  # fmt: skip
+    options["mask"] = pf.Causal() & options["mask"] if "mask" in options else pf.Causal()
+    return out, pf.flash_attention(q, k, v, **options)[:, 10:]
+
+
+def test_a_prompt_sees_positions_of_the_sequence():
+    slopes = jnp.asarray(pf.alibi_slopes(2))
+    out, want = prompt(
+        mask=pf.SlidingWindow(30, 0) & pf.KvLengths(jnp.array([120])),
+        score_mod=pf.Chain((pf.Alibi(slopes), pf.Sink(jnp.ones(2)), pf.Softcap(3.0))),
+    )
+    assert_close_to_oracle(out, want, "out")
+
+
+def test_a_prompt_with_arrays_over_positions_goes_through_the_cache_in_parts():
+    mask = pf.DenseMask(jax.random.bernoulli(jax.random.key(0), 0.5, (140, 140)))
+    out, want = prompt(mask=mask)
     assert_close_to_oracle(out, want, "out")
 
 
@@ -213,15 +234,21 @@ def test_a_prompt_longer_than_the_ring():
     assert_equal(out, at(want, prompts, 2))
 
 
-def test_many_queries_over_a_ring():
+def test_a_prompt_over_a_ring():
     """More than one tile of queries: dense attention over the ring, in the order of positions."""
     q, k, v = qkv(Sizes(1, 120, 120, 4, 1, 8, 8))
     cache = pf.KVCache.create(1, 120, 1, 8, jnp.float32, window=20, max_queries=20)
-    want = pf.flash_attention(q, k, v, mask=pf.Causal() & pf.SlidingWindow(19, 0))
+    mask = pf.ChunkedCausal(33)
+    want = pf.flash_attention(q, k, v, mask=mask & pf.SlidingWindow(19, 0))
     assert cache.is_ring
+    run = jax.jit(
+        lambda cache, q, k, v: (
+            (cache := cache.append(k, v)), pf.decode_attention(q, cache, mask=mask)
+        )
+    )  # fmt: skip
     for now in range(0, 120, 20):
         here = slice(now, now + 20)
-        out, cache = step(cache, q[:, here], k[:, here], v[:, here])
+        cache, out = run(cache, q[:, here], k[:, here], v[:, here])
         assert_close_to_oracle(out, want[:, here], "out")
 
 
@@ -525,6 +552,15 @@ def test_the_default_lowers_to_the_kernel_for_cuda_and_to_plain_jax_elsewhere(op
     traced = jax.jit(pf.decode_attention).trace(*low_precision_call(**options))
     assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_a_prompt_lowers_to_the_dense_kernel_for_cuda():
+    q, k, v = sequences(dtype=jnp.bfloat16)
+    cache = contiguous(jnp.bfloat16, window=30, max_queries=33)
+    run = functools.partial(pf.decode_attention, mask=pf.ChunkedCausal(8))
+    traced = jax.jit(run).trace(q[:, :33], cache.append(k[:, :33], v[:, :33]))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "flash_attention_forward" in text and "flash_decode" not in text
 
 
 def test_reasons_are_explained():

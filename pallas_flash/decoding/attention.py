@@ -12,7 +12,7 @@ from pallas_flash.api import flash_attention_with_lse
 from pallas_flash.decoding.backends import BACKENDS, BLOCKWISE, DecodeBackend
 from pallas_flash.decoding.cache import KVCache
 from pallas_flash.decoding.paged_cache import PagedKVCache
-from pallas_flash.decoding.prefill import NewTokens
+from pallas_flash.decoding.prefill import AtPositions, NewTokens, is_shiftable
 from pallas_flash.decoding.request import (
     Cache,
     DecodeOperands,
@@ -120,21 +120,26 @@ def _(primals, tangents):
 
 
 def is_prompt(spec: DecodeSpec) -> bool:
-    """Whether so many queries, and nothing else, are asked for that dense attention serves them."""
-    is_plain = spec.mask is None and spec.score_mod is None
-    return is_plain and spec.q_len * spec.group > MOST_ROWS
+    """Whether so many queries are asked about that dense attention serves them, and it can."""
+    return spec.q_len * spec.group > MOST_ROWS and is_shiftable(spec.mask, spec.score_mod)
 
 
 def _prompt(
     operands: DecodeOperands, scale: float, sinks: tuple[Sink, ...], backend: str | None
 ) -> jax.Array:
     """The same by `flash_attention` over the cache in the order of positions."""
-    cache = operands.cache
-    k, v, firsts = cache.in_order()
-    mask = NewTokens(
-        operands.starts - firsts, jnp.maximum(-firsts, 0), operands.counts, cache.window
+    cache, score_mod = operands.cache, operands.score_mod
+    k, v, kv_starts = cache.in_order()
+    starts = operands.starts, kv_starts
+    out, lse = flash_attention_with_lse(
+        operands.q,
+        k,
+        v,
+        mask=NewTokens(*starts, operands.counts, operands.mask, cache.window),
+        score_mod=None if score_mod is None else AtPositions(*starts, score_mod),
+        scale=scale,
+        backend=backend,
     )
-    out, lse = flash_attention_with_lse(operands.q, k, v, mask=mask, scale=scale, backend=backend)
     return _finish(operands, out, lse, sinks)
 
 
