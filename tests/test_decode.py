@@ -144,8 +144,8 @@ def sizes():
 
 
 # Each reads its arrays, if it has any, along other axes.
-POSITIONS = ["window", "kv-lengths", "dense", "segments-in-any-order", "prefix-lm", "mask-mod"]
-SCORES = ["softcap-then-bias", "bias", "alibi", "relative-bias", "function", "bias-then-sinks"]
+POSITIONS = ["kv-lengths", "dense", "segments-in-any-order", "mask-mod"]
+SCORES = ["softcap-then-bias", "relative-bias", "function", "bias-then-sinks"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from interpreted import interpreted, is_caught, with_races
 from mutations import WithoutCall
 from pallas_flash.backends.hopper import decode as module
 from pallas_flash.backends.hopper import decode_share, decode_storage
-from pallas_flash.backends.hopper.decode_storage import SHARED_MEMORY_LIMIT, default_decode_config
+from pallas_flash.backends.hopper.decode_storage import default_decode_config
+from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.decoding.request import DecodeOperands, DecodeSpec
 from tolerance import assert_as_good_as_plain
 
@@ -266,7 +267,7 @@ def lowers(operands: DecodeOperands, **changes: Any) -> bool:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [16, 40, 80, 128, 256])
 def test_head_dims_lower_for_cuda(head_dim):
     assert lowers(described(head_dim, head_dim))
 
