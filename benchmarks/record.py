@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -38,10 +38,17 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
-def write(path: pathlib.Path, header: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
-    """Merges rows into the file: those of other cases and implementations stay."""
-    merged = {_key(row): row for row in load(path)["rows"]}
-    merged |= {_key(row): row for row in rows}
+def write(
+    path: pathlib.Path,
+    header: dict[str, Any],
+    rows: Iterable[dict[str, Any]],
+    key: Sequence[str] = KEY,
+) -> None:
+    """Merges rows into the file: those of other cases and implementations stay.
+
+    key: the fields that tell one case and implementation from another, where a row has them.
+    """
+    merged = {tuple(row.get(name) for name in key): row for row in (*load(path)["rows"], *rows)}
     head = json.dumps(header, indent=1).rstrip("\n}")
     # One row a line: a file that is read in a diff.
     lines = ",\n".join("  " + json.dumps(row) for row in merged.values())
@@ -50,8 +57,3 @@ def write(path: pathlib.Path, header: dict[str, Any], rows: Iterable[dict[str, A
     part = path.with_suffix(".part")
     part.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
     part.replace(path)
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    # Only features have a name beside their shape.
-    return tuple(row.get(name) for name in KEY)

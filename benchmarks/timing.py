@@ -172,9 +172,14 @@ def chip_rates(iterations: int, n: int = 8192) -> dict[str, float]:
     options = SEARCH if jax.default_backend() == "gpu" else {}
     multiply = jax.jit(jnp.matmul, compiler_options=options)
     _, product = gpu_ms(multiply, a, b, iterations=iterations)
-    x = jnp.zeros(2**28, jnp.float32)
-    _, copy = gpu_ms(jax.jit(lambda x: x + 1), x, iterations=iterations)
     return {
         "matmul_tflops": round(2 * n**3 / product.median / 1e9, 1),
-        "copy_gb_s": round(2 * x.nbytes / copy.median / 1e6, 1),
+        "copy_gb_s": copy_gb_s(iterations),
     }
+
+
+def copy_gb_s(iterations: int) -> float:
+    """GB a second, read and written, of a kernel that adds one to every number of 1 GiB."""
+    x = jnp.zeros(2**28, jnp.float32)
+    _, copy = gpu_ms(jax.jit(lambda x: x + 1), x, iterations=iterations)
+    return round(2 * x.nbytes / copy.median / 1e6, 1)

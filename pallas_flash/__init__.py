@@ -6,6 +6,7 @@ from pallas_flash.api import (
     flash_attention,
     flash_attention_with_lse,
 )
+from pallas_flash.decoding import KVCache, PagedKVCache, decode_attention, explain_decode
 from pallas_flash.dropout import Dropout
 from pallas_flash.masks import (
     Causal,
@@ -42,9 +43,11 @@ __all__ = [
     "DenseMask",
     "DistanceBias",
     "Dropout",
+    "KVCache",
     "KvLengths",
     "Mask",
     "MaskMod",
+    "PagedKVCache",
     "PrefixLM",
     "QLengths",
     "RelativeBias",
@@ -55,8 +58,10 @@ __all__ = [
     "SlidingWindow",
     "Softcap",
     "alibi_slopes",
+    "decode_attention",
     "dot_product_attention",
     "explain_backends",
+    "explain_decode",
     "flash_attention",
     "flash_attention_with_lse",
     "segment_ids_from_cu_seqlens",

@@ -10,7 +10,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from pallas_flash.backends import blockwise, hopper, reference
-from pallas_flash.backends.backend import Backend
+from pallas_flash.backends.backend import Backend, BoundToDevice
 from pallas_flash.parallel import vary_together
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.tuning import table
@@ -24,7 +24,7 @@ DEFAULTS = (hopper.BACKEND, blockwise.BACKEND)
 
 def explain_backends(spec: AttentionSpec) -> dict[str, str | None]:
     """For every backend the reason why it does not serve `spec` on this machine, or None."""
-    return {b.name: b.unsupported(spec) or _no_device(b) for b in BACKENDS.values()}
+    return {b.name: b.unsupported(spec) or no_device(b) for b in BACKENDS.values()}
 
 
 def select_backend(spec: AttentionSpec, name: str | None = None) -> Backend:
@@ -37,10 +37,10 @@ def select_backend(spec: AttentionSpec, name: str | None = None) -> Backend:
       ValueError: if the named backend does not exist or cannot serve the request.
     """
     if name is None:
-        return next(b for b in DEFAULTS if b.unsupported(spec) is None and not _wrong_gpu(b))
+        return next(b for b in DEFAULTS if b.unsupported(spec) is None and not wrong_gpu(b))
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} must be one of {sorted(BACKENDS)} or None")
-    if reason := BACKENDS[name].unsupported(spec) or _wrong_gpu(BACKENDS[name]):
+    if reason := BACKENDS[name].unsupported(spec) or wrong_gpu(BACKENDS[name]):
         raise ValueError(f"backend={name!r} cannot serve this request: {reason}")
     return BACKENDS[name]
 
@@ -51,28 +51,28 @@ def warn_of_fallback(spec: AttentionSpec) -> None:
         return
     chosen = select_backend(spec)
     for b in DEFAULTS[: DEFAULTS.index(chosen)]:
-        _warn_once(
+        warn_once(
             f"flash_attention uses the backend {chosen.name!r}, which is slower than {b.name!r}: "
-            f"{b.unsupported(spec) or _no_device(b)}. Name a backend to silence this."
+            f"{b.unsupported(spec) or no_device(b)}. Name a backend to silence this."
         )
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
-def _wrong_gpu(b: Backend) -> str | None:
+def wrong_gpu(b: BoundToDevice) -> str | None:
     """The reason why this machine's GPU, if there is one, cannot run `b`."""
     if b.platform != "cuda" or jax.default_backend() != "gpu":
         return None
     return b.unsuited(jax.local_devices(backend="gpu")[0])
 
 
-def _no_device(b: Backend) -> str | None:
+def no_device(b: BoundToDevice) -> str | None:
     if b.platform is not None and jax.default_backend() != "gpu":
         return f"it needs an NVIDIA GPU, the default device is a {jax.default_backend()}"
-    return _wrong_gpu(b)
+    return wrong_gpu(b)
 
 
 def run(direction: str, spec: AttentionSpec, name: str | None, config: Any, *arrays: Any) -> Any:
@@ -84,7 +84,7 @@ def run(direction: str, spec: AttentionSpec, name: str | None, config: Any, *arr
     if name is None:
         elsewhere = functools.partial(_call, blockwise.BACKEND, direction, spec, None)
     else:
-        elsewhere = functools.partial(_refuse, on_gpu, chosen)
+        elsewhere = functools.partial(refuse, on_gpu, chosen)
     return lax.platform_dependent(*arrays, cuda=on_gpu, default=elsewhere)
 
 
@@ -95,7 +95,7 @@ def _call(b: Backend, direction: str, spec: AttentionSpec, config: Any, *arrays:
     return jax.tree.unflatten(tree, vary_together(results, like=jax.tree.leaves(arrays)))
 
 
-def _refuse(like, b: Backend, *arrays: Any) -> Any:
+def refuse(like, b: BoundToDevice, *arrays: Any) -> Any:
     """Results of the right shapes whose lowering raises: the backend's device is missing."""
     shapes = jax.eval_shape(like, *arrays)
     flat, tree = jax.tree.flatten(shapes)

@@ -18,6 +18,11 @@ from pallas_flash.scores import ScoreMod, Sink, split_sinks
 from pallas_flash.terms import Tile, canonical, map_operands
 
 
+def describe(tree: Any) -> Any:
+    """The same structure with ``jax.ShapeDtypeStruct`` in place of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
@@ -60,9 +65,6 @@ class AttentionSpec:
         """The spec of operands that have been checked."""
         batch, q_len, num_q_heads, head_dim = operands.q.shape
         _, kv_len, num_kv_heads, value_dim = operands.v.shape
-
-        def describe(tree):
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
         return cls(
             batch=batch,
@@ -114,7 +116,28 @@ def make_request(q, k, v, *, mask, score_mod, scale, dropout=None) -> Request:
     has_batch = _check_arrays(q, k, v)
     if not has_batch:
         q, k, v = q[None], k[None], v[None]
-    scale = _check_scale(scale, q.shape[-1])
+    scale = check_scale(scale, q.shape[-1])
+    if dropout is not None and not isinstance(dropout, Dropout):
+        raise TypeError(f"dropout must be Dropout(rate, key) or None, got {_kind(dropout)}")
+    sizes = {"batch": q.shape[0], "heads": q.shape[2], "q": q.shape[1], "kv": k.shape[1]}
+    mask, score_mod, sinks = bind_terms(mask, score_mod, sizes)
+    keep_bits = None if dropout is None else dropout.bind(sizes["batch"], sizes["heads"])
+    operands = Operands(q, k, v, mask, score_mod, keep_bits)
+    check_functions(AttentionSpec.of(operands, scale))
+    return Request(operands, scale, sinks, has_batch)
+
+
+def bind_terms(
+    mask: Any, score_mod: Any, sizes: dict[str, int]
+) -> tuple[Mask | None, ScoreMod | None, tuple[Sink, ...]]:
+    """The mask, the score mod without its sinks, and the sinks: bound, checked, at full rank.
+
+    sizes: of the axes "batch", "heads", "q" and "kv" of the scores.
+
+    Raises:
+      TypeError: if a term is not of its kind.
+      ValueError: if an array of theirs does not fit the sizes.
+    """
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError(
             f"mask must be a Mask such as Causal() or DenseMask(array), got {_kind(mask)}"
@@ -124,23 +147,17 @@ def make_request(q, k, v, *, mask, score_mod, scale, dropout=None) -> Request:
             f"score_mod must be a ScoreMod such as Softcap(50.0) or Bias(array), "
             f"got {_kind(score_mod)}; join several with Chain((first, second))"
         )
-    if dropout is not None and not isinstance(dropout, Dropout):
-        raise TypeError(f"dropout must be Dropout(rate, key) or None, got {_kind(dropout)}")
-    sizes = {"batch": q.shape[0], "heads": q.shape[2], "q": q.shape[1], "kv": k.shape[1]}
-    sizes["distance"] = sizes["q"] + sizes["kv"] - 1
+    sizes = sizes | {"distance": sizes["q"] + sizes["kv"] - 1}
     if mask is not None:
         mask = canonical(mask.bind(sizes["q"], sizes["kv"]), sizes)
     score_mod, sinks = split_sinks(score_mod)
     if score_mod is not None:
         score_mod = canonical(score_mod.bind(sizes["q"], sizes["kv"]), sizes)
-    keep_bits = None if dropout is None else dropout.bind(sizes["batch"], sizes["heads"])
-    operands = Operands(q, k, v, mask, score_mod, keep_bits)
-    _check_functions(AttentionSpec.of(operands, scale))
-    return Request(operands, scale, canonical(sinks, sizes), has_batch)
+    return mask, score_mod, canonical(sinks, sizes)
 
 
 @functools.lru_cache(1024)
-def _check_functions(spec: AttentionSpec) -> None:
+def check_functions(spec: AttentionSpec) -> None:
     """Raises if the mask's or the score mod's function is not what a tile may be given to.
 
     It must be elementwise, give a bool or a score for every element, and read its arrays from the
@@ -240,7 +257,7 @@ def _check_arrays(q, k, v) -> bool:
     return q.ndim == 4
 
 
-def _check_scale(scale, head_dim: int) -> float:
+def check_scale(scale, head_dim: int) -> float:
     if scale is None:
         return head_dim**-0.5
     if isinstance(scale, jax.core.Tracer):

@@ -2,9 +2,22 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pallas_flash.spec import AttentionSpec
+
+
+class BoundToDevice(Protocol):
+    """What a record says of the device that it needs; the fields are those of `Backend`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def platform(self) -> str | None: ...
+
+    @property
+    def unsuited(self) -> Callable[[Any], str | None]: ...
 
 
 @dataclass(frozen=True)
