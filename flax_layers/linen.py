@@ -13,9 +13,11 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from flax_layers import adapter
+from flax_layers.linen_attention import Attention
 from pallas_flash import Mask
 
 __all__ = [
+    "Attention",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
     "SelfAttention",

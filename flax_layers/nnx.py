@@ -8,9 +8,10 @@ from flax.nnx import dot_product_attention as flax_attention
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
 from flax_layers import adapter
+from flax_layers.nnx_attention import Attention
 from pallas_flash import Mask
 
-__all__ = ["MultiHeadAttention", "attention_fn"]
+__all__ = ["Attention", "MultiHeadAttention", "attention_fn"]
 
 
 def attention_fn(
