@@ -26,7 +26,7 @@ LOWEST := jax==0.11.2 jaxlib==0.11.2 flax==0.12.10
 _ := $(shell for v in $(VENV) $(LOWEST_VENV); do [ -x $$v/bin/python ] || rm -f $$v/*.stamp; done)
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-gpu bench report lint format clean
+.PHONY: help demo test test-lowest test-gpu bench bench-train report lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,8 +48,13 @@ bench: $(VENV)/bench.stamp  ## measure against the peers that are installed, on 
 	$(VENV)/bin/pip install $(PIP_FLAGS) -e ".[cuda]"
 	$(VENV)/bin/python -m benchmarks.run --suite grid $(BENCH_ARGS)
 
+bench-train: $(VENV)/bench.stamp  ## measure a training step of a GPT, on a Hopper GPU
+	$(VENV)/bin/pip install $(PIP_FLAGS) -e ".[cuda]"
+	$(VENV)/bin/python -m benchmarks.train_step $(BENCH_ARGS)
+
 report: $(VENV)/bench.stamp  ## make the README's speed table and the plots from the results
 	$(VENV)/bin/python -m benchmarks.report
+	$(VENV)/bin/python -m benchmarks.train_table
 
 lint: $(VENV)/test.stamp  ## check style, format and types
 	$(VENV)/bin/ruff check .

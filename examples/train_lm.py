@@ -1,8 +1,8 @@
 """Trains a small Transformer language model with flash attention, on text every Python carries.
 
 The model reads the documentation that `help()` shows, byte by byte, and learns to predict the
-next byte. It is an ordinary Flax model: the only line that is not Flax's own is the import of the
-attention layer.
+next byte. It is an ordinary Flax model (`transformer.py`) but for its attention layer. At the end
+it writes text with a cache of keys and values (`generate.py`).
 
     python examples/train_lm.py              train, plot the loss, write some text
     python examples/train_lm.py --compare    and train it again with Flax's attention layer
@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import re
 import time
-from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -26,7 +25,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import pallas_flash
-from flax_layers.linen import MultiHeadDotProductAttention
+from flax_layers.linen import Attention
+from generate import CHECKPOINT, linen_apply, save, write
+from transformer import Sizes, Transformer
 
 
 def load_text() -> tuple[np.ndarray, np.ndarray]:
@@ -54,44 +55,26 @@ def random_windows(tokens, size, count, rng) -> np.ndarray:
     return tokens[starts[:, None] + np.arange(size + 1)]
 
 
-class Transformer(nn.Module):
-    """Returns next-byte logits [batch, length, 256] for bytes [batch, length]."""
-
-    layers: int
-    width: int
-    heads: int
-    dtype: jnp.dtype
-    # This project's layer, or Flax's: they take the same arguments and make the same parameters.
-    attention: type[nn.Module] = MultiHeadDotProductAttention
+class FlaxAttention(nn.MultiHeadDotProductAttention):
+    """Flax's own layer, causal by an array of length x length."""
 
     @nn.compact
-    def __call__(self, tokens):
-        if self.attention is MultiHeadDotProductAttention:
-            # Causality as an object: no array of length x length is ever made.
-            mask = pallas_flash.Causal()
-        else:
-            mask = nn.make_causal_mask(tokens)
-        norm = partial(nn.RMSNorm, dtype=self.dtype)
-        dense = partial(nn.Dense, use_bias=False, dtype=self.dtype)
-        attention = partial(self.attention, self.heads, normalize_qk=True, use_bias=False)
-
-        # A byte alone means little: each position sees the last four at once.
-        x = nn.Embed(256, self.width, embedding_init=nn.initializers.normal(1.0))(tokens)
-        x = x + nn.Conv(self.width, [4], padding="CAUSAL", dtype=self.dtype)(x)
-        x = x + sinusoids(tokens.shape[1], self.width)
-        x = x.astype(self.dtype)
-        for _ in range(self.layers):
-            x = x + attention(dtype=self.dtype)(norm()(x), mask=mask)
-            y = nn.gelu(dense(4 * self.width)(norm()(x)))
-            x = x + dense(self.width, kernel_init=nn.initializers.zeros)(y)
-        return dense(256)(norm()(x)).astype(jnp.float32)
+    def __call__(self, x):
+        return super().__call__(x, mask=nn.make_causal_mask(x[..., 0]))
 
 
-def sinusoids(length, width):
-    """Returns position codes [length, width]: waves of periods from 6 to 6000 bytes."""
-    frequencies = 1000.0 ** -np.linspace(0, 1, width // 2)
-    angles = np.arange(length)[:, None] * frequencies
-    return jnp.asarray(np.concatenate([np.sin(angles), np.cos(angles)], axis=1), jnp.float32)
+def flax_attention(*, num_heads, rope, use_bias, dtype, name, **ours):
+    """Flax's layer in the place of ours, with the same rotary embeddings and parameters."""
+    del ours
+
+    def attention_fn(query, key, value, mask):
+        positions = jnp.arange(query.shape[-3])
+        query, key = rope(query, positions), rope(key, positions)
+        return nn.dot_product_attention(query, key, value, mask=mask)
+
+    return FlaxAttention(
+        num_heads, use_bias=use_bias, dtype=dtype, attention_fn=attention_fn, name=name
+    )
 
 
 def loss_fn(params, apply_fn, windows):
@@ -130,7 +113,7 @@ class Run:
 
 def train(args, attention) -> Run:
     """Trains with one attention layer. The same seed gives the same start and the same batches."""
-    model = Transformer(args.layers, args.width, args.heads, jnp.dtype(args.dtype), attention)
+    model = Transformer(sizes_of(args), attention)
     text, held_out_text = load_text()
     rng = np.random.default_rng(args.seed)
     # Always the same held-out windows, side by side.
@@ -172,23 +155,23 @@ def train(args, attention) -> Run:
     return Run(state, losses, held_out, args.steps * args.batch * args.context / seconds)
 
 
-@partial(jax.jit, static_argnames="length")
-def generate(state, prompt, length, temperature, key):
-    """Returns `length` bytes that follow `prompt`, each drawn after reading as many bytes back."""
-
-    def next_byte(window, key):
-        logits = state.apply_fn(state.params, window[None])[0, -1]
-        byte = jax.random.categorical(key, logits / temperature)
-        return jnp.append(window[1:], byte), byte
-
-    return jax.lax.scan(next_byte, prompt, jax.random.split(key, length))[1]
+def sizes_of(args) -> Sizes:
+    return Sizes(
+        layers=args.layers,
+        width=args.width,
+        heads=args.heads,
+        kv_heads=args.heads,
+        window=args.context,
+        dtype=jnp.dtype(args.dtype),
+    )
 
 
 def describe_backend(args) -> str:
     """Returns the name of the attention backend in use, and why those before it are not."""
     q = jnp.zeros((args.batch, args.context, args.heads, args.width // args.heads), args.dtype)
     refused = ""
-    for name, reason in pallas_flash.explain_backends(q, q, q, mask=pallas_flash.Causal()).items():
+    mask = sizes_of(args).attention["mask"]
+    for name, reason in pallas_flash.explain_backends(q, q, q, mask=mask).items():
         if reason is None:
             return name + refused
         refused += f"\n  not {name}: {reason}"
@@ -225,7 +208,35 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--sample-bytes", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, default=Path("out/train_lm.png"))
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     return parser.parse_args(argv)
+
+
+def write_text(args, params) -> None:
+    """Lets the model write behind the last held-out bytes, with a cache, greedily and sampled."""
+    text, held_out_text = load_text()
+    prompt = bytes(held_out_text[-args.context :].astype(np.uint8))
+    sizes = sizes_of(args)
+    apply, params = linen_apply(sizes, params)
+    words_known = set(words_of(decode(text)))
+    for name, temperature in (("the likeliest bytes", 0.0), ("drawn bytes", args.temperature)):
+        written = write(
+            apply,
+            params,
+            sizes,
+            [prompt],
+            args.sample_bytes,
+            temperature=temperature,
+            seed=args.seed,
+        )
+        sample = decode(written.tokens[0])
+        words = words_of(sample)
+        share = sum(word in words_known for word in words) / max(len(words), 1)
+        print(f"\n--- {name}, after the last {args.context} held-out bytes ---\n{sample}\n---")
+        print(
+            f"{share:.0%} of its {len(words)} words are words of the training text; "
+            f"{written.tokens_per_second:,.0f} bytes/s with a cache"
+        )
 
 
 def main(argv=None) -> dict[str, Run]:
@@ -233,9 +244,9 @@ def main(argv=None) -> dict[str, Run]:
     args = parse_args(argv)
     print(f"JAX {jax.__version__} on {jax.devices()[0].device_kind}")
     print(f"attention backend: {describe_backend(args)}")
-    layers = {"pallas_flash": MultiHeadDotProductAttention}
+    layers = {"pallas_flash": Attention}
     if args.compare:
-        layers["flax"] = nn.MultiHeadDotProductAttention
+        layers["flax"] = flax_attention
     runs = {}
     for name, layer in layers.items():
         print(f"\nTraining with the attention of {name}")
@@ -248,14 +259,10 @@ def main(argv=None) -> dict[str, Run]:
     save_plot(runs, args.plot)
     print(f"loss curve: {args.plot}")
 
-    text, held_out_text = load_text()
-    prompt, key = held_out_text[-args.context :], jax.random.key(args.seed)
-    state = runs["pallas_flash"].state
-    sample = decode(generate(state, prompt, args.sample_bytes, args.temperature, key))
-    print(f"\n--- text it writes, after the last {args.context} held-out bytes ---\n{sample}\n---")
-    words, known = words_of(sample), set(words_of(decode(text)))
-    share = sum(word in known for word in words) / max(len(words), 1)
-    print(f"{share:.0%} of its {len(words)} words are words of the training text")
+    params = runs["pallas_flash"].state.params["params"]
+    save(args.checkpoint, sizes_of(args), params)
+    print(f"model: {args.checkpoint}")
+    write_text(args, params)
     return runs
 
 

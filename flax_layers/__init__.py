@@ -2,10 +2,12 @@
 
 import importlib
 
-__all__ = ["linen", "nnx"]
+from flax_layers.rope import Rope
+
+__all__ = ["Rope", "linen", "nnx"]
 
 
 def __getattr__(name):
-    if name in __all__:
+    if name in ("linen", "nnx"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,6 +5,7 @@ masks and biases are broadcastable to [batch..., num_q_heads, q_len, kv_len]. In
 `batch...` stands for those leading axes and B for their product.
 """
 
+import contextlib
 import functools
 import math
 
@@ -12,70 +13,97 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash import Bias, Causal, Chain, DenseMask, Mask, flash_attention
+from pallas_flash import (
+    Bias,
+    Causal,
+    Chain,
+    DenseMask,
+    Dropout,
+    Mask,
+    ScoreMod,
+    flash_attention,
+)
 from pallas_flash.spec import make_request
 from pallas_flash.terms import Tile, map_operands
 
 
 def flash(
-    query, key, value, *, bias, mask, is_causal=False, precision, score_mod, backend
+    query, key, value, *, mask, score_mod=None, scale=None, dropout=None, precision=None, backend
 ) -> jax.Array:
     """Returns `flash_attention` of Flax-shaped arrays, in linear memory.
-
-    Several batch axes are flattened into one and restored. A mask or bias keeps its broadcast
-    axes; only one that is broadcast along some batch axes and not along others is expanded over
-    the batch (never over heads or lengths).
 
     Args:
         query: [batch..., Tq, Hq, D].
         key: [batch..., Tkv, Hkv, D], Hq a multiple of Hkv.
         value: [batch..., Tkv, Hkv, Dv].
-        bias: broadcastable to [batch..., Hq, Tq, Tkv], added to the scaled scores, or None.
-        mask: broadcastable to [batch..., Hq, Tq, Tkv], any real dtype, non-zero keeps; or a
-            `pallas_flash.Mask`, whose batch index counts the flattened batch axes; or None.
-        is_causal: query i sees keys 0..i only (aligned top-left), besides `mask`.
+        mask, score_mod, scale, dropout, backend: as for `flash_attention`; their batch index counts
+            the flattened batch axes.
         precision: None, a `jax.lax.Precision`, its name, or a pair of them; for the gradient's
             products too. It changes nothing for 16-bit inputs, whose products are exact.
-        score_mod: a `pallas_flash` score mod, applied after the bias, or None.
-        backend: name of a `pallas_flash` backend; None chooses.
 
     Returns:
         [batch..., Tq, Hq, Dv]. A query that may attend to nothing gives 0.
 
     Raises:
-        ValueError: a mask or bias that does not broadcast, a precision that names an algorithm;
-            and what `flash_attention` raises.
+        ValueError: a precision that names an algorithm; and what `flash_attention` raises.
     """
     batch = query.shape[:-3]
-    scores_shape = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
-    if bias is not None:
-        bias = Bias(_one_batch_axis("bias", bias, scores_shape))
-        score_mod = bias if score_mod is None else Chain((bias, score_mod))
-    if mask is not None and not isinstance(mask, Mask):
-        mask = DenseMask(_one_batch_axis("mask", _keep(mask), scores_shape))
-    if is_causal:
-        mask = Causal() if mask is None else mask & Causal()
     q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
-    attend = functools.partial(_attend, backend)
-    precision = _check_precision(precision)
-    if q.dtype.itemsize == 2:
-        precision = None
-    out = _at_precision(attend, precision, (q, k, v, mask, score_mod))
+    precision = _check_precision(precision, q.dtype)
+    attend = functools.partial(_attend, scale, backend)
+    out = _at_precision(attend, precision, (q, k, v, mask, score_mod, dropout))
     return out.reshape(*batch, *out.shape[-3:])
 
 
-def dense_reason(dtype, *, dropout_rate, deterministic, dropout_rng, module) -> str | None:
-    """Returns why Flax's own dense attention must serve this call, or None if ours does.
+def as_mask(mask, query, key, *, is_causal=False) -> Mask | None:
+    """Returns Flax's mask as a `pallas_flash.Mask` over flattened batch axes.
+
+    An array keeps its broadcast axes; only one that is broadcast along some batch axes and not
+    along others is expanded over the batch (never over heads or lengths).
+
+    Args:
+        mask: broadcastable to [batch..., Hq, Tq, Tkv], any real dtype, non-zero keeps; or a `Mask`,
+            which is left as it is; or None.
+        query, key: of which only the shapes count.
+        is_causal: query i sees keys 0..i only (aligned top-left), besides `mask`.
+
+    Raises:
+        ValueError: an array that does not broadcast.
+    """
+    if mask is not None and not isinstance(mask, Mask):
+        mask = DenseMask(_one_batch_axis("mask", _keep(mask), _scores_shape(query, key)))
+    if is_causal:
+        mask = Causal() if mask is None else mask & Causal()
+    return mask
+
+
+def with_bias(score_mod, bias, query, key) -> ScoreMod | None:
+    """Returns the score mod after a bias, broadcastable to [batch..., Hq, Tq, Tkv], is added."""
+    if bias is None:
+        return score_mod
+    bias = Bias(_one_batch_axis("bias", bias, _scores_shape(query, key)))
+    return bias if score_mod is None else Chain((bias, score_mod))
+
+
+def active_dropout(
+    *, dropout_rate, dropout_rng, deterministic, broadcast_dropout
+) -> Dropout | None:
+    """Returns the dropout that Flax's arguments ask for, or None.
 
     Raises:
         ValueError: `dropout_rate` outside [0, 1), or dropout without a key.
     """
     if not 0.0 <= dropout_rate < 1.0:
         raise ValueError(f"{dropout_rate=} must be in [0, 1)")
-    if dropout_rate > 0.0 and not deterministic:
-        if dropout_rng is None:
-            raise ValueError(f"{dropout_rate=} with {deterministic=} needs a dropout_rng, got None")
-        return f"{dropout_rate=} with {deterministic=}"
+    if dropout_rate == 0.0 or deterministic:
+        return None
+    if dropout_rng is None:
+        raise ValueError(f"{dropout_rate=} with {deterministic=} needs a dropout_rng, got None")
+    return Dropout(dropout_rate, dropout_rng, shared=broadcast_dropout)
+
+
+def dense_reason(dtype, module) -> str | None:
+    """Returns why Flax's own dense attention must serve this call, or None if ours does."""
     if module is not None:
         return f"sown attention weights (module={type(module).__name__})"
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -125,15 +153,14 @@ def check_shapes(query, key, value) -> None:
 
 def dense_mask(mask, query, key, *, is_causal=False) -> jax.Array | None:
     """Returns the mask as a bool array broadcastable to [batch..., Hq, Tq, Tkv], or None."""
-    q_len, kv_len = query.shape[-3], key.shape[-3]
-    scores_shape = (*query.shape[:-3], query.shape[-2], q_len, kv_len)
+    scores_shape = _scores_shape(query, key)
     if isinstance(mask, Mask):
         mask = _dense_rows(mask, scores_shape)
     elif mask is not None:
         mask = _keep(mask)
         _check_broadcast("mask", mask, scores_shape)
     if is_causal:
-        causal = jnp.tril(jnp.ones((q_len, kv_len), bool))
+        causal = jnp.tril(jnp.ones(scores_shape[-2:], bool))
         mask = causal if mask is None else causal & mask
     return mask
 
@@ -192,13 +219,32 @@ def zero_empty_rows(out, mask) -> jax.Array:
     return jnp.where(has_key, out, jnp.zeros((), out.dtype))
 
 
-def _attend(backend, operands) -> jax.Array:
-    q, k, v, mask, score_mod = operands
-    return flash_attention(q, k, v, mask=mask, score_mod=score_mod, backend=backend)
+def _attend(scale, backend, operands) -> jax.Array:
+    q, k, v, mask, score_mod, dropout = operands
+    return flash_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        score_mod=score_mod,
+        scale=scale,
+        dropout=dropout,
+        backend=backend,
+    )
 
 
-def _check_precision(precision) -> str | None:
-    """Returns the name of the better one of a pair of precisions, None if none is asked for."""
+def matmul_precision(precision, dtype) -> contextlib.AbstractContextManager:
+    """A context whose products of `dtype` have Flax's `precision`, where nothing is differentiated.
+
+    Raises:
+        ValueError: a precision that names an algorithm.
+    """
+    precision = _check_precision(precision, dtype)
+    return jax.default_matmul_precision(precision) if precision else contextlib.nullcontext()
+
+
+def _check_precision(precision, dtype) -> str | None:
+    """Returns the name of the better one of a pair of precisions, None if it changes nothing."""
     pair = precision if type(precision) is tuple else (precision, precision)
     try:
         best = max((lax.Precision(p) for p in pair), key=lambda p: p.value)
@@ -207,7 +253,8 @@ def _check_precision(precision) -> str | None:
             f"{precision=} is not supported: it must be None, a jax.lax.Precision, "
             "the name of one, or a pair of them"
         ) from None
-    return None if best is lax.Precision.DEFAULT else best.name.lower()
+    is_exact = dtype.itemsize == 2
+    return None if is_exact or best is lax.Precision.DEFAULT else best.name.lower()
 
 
 def _at_precision(function, precision, operands):
@@ -231,6 +278,11 @@ def _at_precision(function, precision, operands):
 
     call.defvjp(forward, backward)
     return call(operands)
+
+
+def _scores_shape(query, key) -> tuple[int, ...]:
+    """Returns [batch..., Hq, Tq, Tkv]."""
+    return (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
 
 
 def _keep(mask) -> jax.Array:

@@ -13,9 +13,11 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 
 from flax_layers import adapter
+from flax_layers.linen_attention import Attention
 from pallas_flash import Mask
 
 __all__ = [
+    "Attention",
     "MultiHeadAttention",
     "MultiHeadDotProductAttention",
     "SelfAttention",
@@ -50,9 +52,10 @@ def attention_fn(
     one names all of them and honours or refuses each. `functools.partial` sets the extras
     `score_mod` and `backend`.
 
-    Three requests form the weights as an array, quadratic in length, through Flax's own function:
-    active dropout (`dropout_rate > 0` and not `deterministic`; the bits that Flax draws from the
-    same key), `module` (Flax's `sow_weights`), complex inputs.
+    Dropout is computed in the kernel, from other random bits than Flax draws from the same key.
+
+    Two requests form the weights as an array, quadratic in length, through Flax's own function:
+    `module` (Flax's `sow_weights`; dropout then has Flax's bits) and complex inputs.
 
     A query that may attend to nothing gives 0 on both paths, where Flax gives the mean of all
     values. The weights that are sown for such a query are Flax's (uniform).
@@ -96,17 +99,19 @@ def attention_fn(
         "dropout_rng": dropout_rng,
         "dropout_rate": dropout_rate,
         "deterministic": deterministic,
+        "broadcast_dropout": broadcast_dropout,
     }
-    reason = adapter.dense_reason(query.dtype, module=module, **dropout)
+    active_dropout = adapter.active_dropout(**dropout)
+    reason = adapter.dense_reason(query.dtype, module)
     if reason is None:
         return adapter.flash(
             query,
             key,
             value,
-            bias=bias,
-            mask=mask,
+            mask=adapter.as_mask(mask, query, key),
+            score_mod=adapter.with_bias(score_mod, bias, query, key),
+            dropout=active_dropout,
             precision=precision,
-            score_mod=score_mod,
             backend=backend,
         )
     adapter.refuse_dense(reason, score_mod=score_mod, backend=backend)
@@ -120,7 +125,6 @@ def attention_fn(
         value,
         bias,
         mask,
-        broadcast_dropout,
         precision=precision,
         module=module,
         force_fp32_for_softmax=force_fp32_for_softmax,

@@ -8,9 +8,10 @@ from flax.nnx import dot_product_attention as flax_attention
 from flax.nnx.nn.dtypes import promote_dtype as flax_promote_dtype
 
 from flax_layers import adapter
+from flax_layers.nnx_attention import Attention
 from pallas_flash import Mask
 
-__all__ = ["MultiHeadAttention", "attention_fn"]
+__all__ = ["Attention", "MultiHeadAttention", "attention_fn"]
 
 
 def attention_fn(
@@ -37,9 +38,10 @@ def attention_fn(
     For `attention_fn=` of Flax's layer. `functools.partial` sets the extras `score_mod` and
     `backend`.
 
-    Three requests form the weights as an array, quadratic in length, through Flax's own function:
-    active dropout (`dropout_rate > 0` and not `deterministic`; the bits that Flax draws from the
-    same key), `module` (Flax's `sow_weights`), complex inputs.
+    Dropout is computed in the kernel, from other random bits than Flax draws from the same key.
+
+    Two requests form the weights as an array, quadratic in length, through Flax's own function:
+    `module` (Flax's `sow_weights`; dropout then has Flax's bits) and complex inputs.
 
     A query that may attend to nothing gives 0 on both paths, where Flax gives the mean of all
     values. The weights that are sown for such a query are Flax's (uniform).
@@ -78,18 +80,19 @@ def attention_fn(
         "dropout_rng": dropout_rng,
         "dropout_rate": dropout_rate,
         "deterministic": deterministic,
+        "broadcast_dropout": broadcast_dropout,
     }
-    reason = adapter.dense_reason(query.dtype, module=module, **dropout)
+    active_dropout = adapter.active_dropout(**dropout)
+    reason = adapter.dense_reason(query.dtype, module)
     if reason is None:
         return adapter.flash(
             query,
             key,
             value,
-            bias=bias,
-            mask=mask,
-            is_causal=is_causal,
+            mask=adapter.as_mask(mask, query, key, is_causal=is_causal),
+            score_mod=adapter.with_bias(score_mod, bias, query, key),
+            dropout=active_dropout,
             precision=precision,
-            score_mod=score_mod,
             backend=backend,
         )
     adapter.refuse_dense(reason, score_mod=score_mod, backend=backend)
@@ -101,7 +104,6 @@ def attention_fn(
         value,
         bias,
         mask,
-        broadcast_dropout,
         precision=precision,
         module=module,
         **dropout,

@@ -28,6 +28,7 @@ class Dropout:
     Args:
       rate: a number from 0 up to but not including 1, known when the function is traced.
       key: a key of ``jax.random``.
+      shared: one pattern [Tq, Tkv] for all batch rows and heads (Flax's `broadcast_dropout`).
 
     Raises:
       TypeError, ValueError: if `rate` is not such a number; when it is used, if `key` is not a key.
@@ -35,6 +36,7 @@ class Dropout:
 
     rate: float
     key: jax.Array = parameter()
+    shared: bool = False
 
     def __post_init__(self):
         if isinstance(self.rate, jax.core.Tracer) or not isinstance(
@@ -53,8 +55,9 @@ class Dropout:
         is_raw = dtype == jnp.uint32 and self.key.ndim == 1
         if not is_raw and not (is_typed and self.key.ndim == 0):
             raise TypeError(f"Dropout.key must be one key of jax.random, got {self.key!r}")
-        seeds = jax.random.bits(self.key, (batch, num_q_heads), jnp.uint32)
-        return KeepBits(float(self.rate), seeds)
+        shape = (1, 1) if self.shared else (batch, num_q_heads)
+        seeds = jax.random.bits(self.key, shape, jnp.uint32)
+        return KeepBits(float(self.rate), jnp.broadcast_to(seeds, (batch, num_q_heads)))
 
     def keep_mask(self, batch: int, num_q_heads: int, q_len: int, kv_len: int) -> jax.Array:
         """What is kept: bool [B, Hq, Tq, Tkv]. For looking at; attention never makes it."""

@@ -16,6 +16,7 @@ TINY = "--steps 24 --eval-every 12 --batch 4 --context 32 --layers 1 --width 32 
 def test_example_learns_plots_writes_and_agrees_with_flax_attention(tmp_path):
     plot = tmp_path / "plots" / "loss.png"
     arguments = [*TINY.split(), "--learning-rate=0.01", "--sample-bytes=40", f"--plot={plot}"]
+    arguments.append(f"--checkpoint={tmp_path / 'model'}")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         runs = train_lm.main([*arguments, "--compare"])
     printed = printed.getvalue()
@@ -41,11 +42,16 @@ def test_example_learns_plots_writes_and_agrees_with_flax_attention(tmp_path):
 
     assert plot.read_bytes().startswith(b"\x89PNG")
 
-    sample = printed.split("held-out bytes ---\n")[1].rsplit("\n---\n")[0]
-    # A byte that is no UTF-8 shows as one replacement character.
-    assert 0 < len(sample) <= 40
-    assert len(sample.encode()) >= 40
-    assert "are words of the training text" in printed
+    # It writes with a cache, greedily and by drawing, and leaves the model behind.
+    for name in ("the likeliest bytes", "drawn bytes"):
+        sample = printed.split(f"--- {name}, after the last 32 held-out bytes ---\n")[1]
+        sample = sample.split("\n---\n")[0]
+        # A byte that is no UTF-8 shows as one replacement character.
+        assert 0 < len(sample) <= 40
+        assert len(sample.encode()) >= 40
+    assert printed.count("are words of the training text; ") == 2
+    assert printed.count("bytes/s with a cache") == 2
+    assert (tmp_path / "model").exists()
 
 
 @pytest.mark.quick

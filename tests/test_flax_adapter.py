@@ -12,8 +12,9 @@ from jax import lax
 
 import flax_layers.linen
 import flax_layers.nnx
+import oracle as exact
 from flax_layers import adapter
-from pallas_flash import Causal, KvLengths, SlidingWindow, Softcap
+from pallas_flash import Causal, Dropout, KvLengths, SlidingWindow, Softcap
 
 HOOKS = {
     "linen": (flax_layers.linen.attention_fn, linen.dot_product_attention),
@@ -57,6 +58,22 @@ def assert_same(ours, expected, tolerance=2e-6):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, np.abs(b).max()), rtol=0)
 
     jax.tree.map(check, ours, expected)
+
+
+class Sown:
+    """A module that wants the weights: with it, a call is dense."""
+
+    def sow(self, *args):
+        del args
+
+
+def path_options(is_dense):
+    """Arguments of the flash path, or of the dense one with Flax's dropout."""
+    dense = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(1), "module": Sown()}
+    return dense if is_dense else {}
+
+
+both_paths = pytest.mark.parametrize("is_dense", [False, True], ids=["flash", "dense"])
 
 
 def refuse_to_run(*args, **kwargs):
@@ -191,12 +208,12 @@ SHAPES = {
 
 
 @both_hooks
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.5], ids=["flash", "dense"])
+@both_paths
 @pytest.mark.parametrize("rule", SHAPES)
-def test_arrays_that_do_not_fit_are_refused(ours, flax, rule, dropout_rate):
+def test_arrays_that_do_not_fit_are_refused(ours, flax, rule, is_dense):
     arrays = [jnp.ones(shape) for shape in SHAPES[rule]]
     with pytest.raises(ValueError, match=rule) as error:
-        ours(*arrays, dropout_rate=dropout_rate, dropout_rng=jax.random.key(0))
+        ours(*arrays, **path_options(is_dense))
     assert all(str(shape) in str(error.value) for shape in SHAPES[rule])
 
 
@@ -214,40 +231,38 @@ def structured(batch, q_len, kv_len):
 
 @both_hooks
 @pytest.mark.parametrize("batch", [(), (2, 2)], ids=str)
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.5], ids=["flash", "dense"])
-def test_structured_mask_equals_its_dense_array(ours, flax, batch, dropout_rate):
+@both_paths
+def test_structured_mask_equals_its_dense_array(ours, flax, batch, is_dense):
     mask, keep = structured(batch, 6, 6)
     arrays = make_qkv(batch, kv_len=6)
-    dropout = {"dropout_rate": dropout_rate, "dropout_rng": jax.random.key(1)}
-    result = value_and_gradients(functools.partial(ours, mask=mask, **dropout), *arrays)
-    assert_same(
-        result, value_and_gradients(functools.partial(oracle, mask=keep, **dropout), *arrays)
-    )
+    path = path_options(is_dense)
+    result = value_and_gradients(functools.partial(ours, mask=mask, **path), *arrays)
+    assert_same(result, value_and_gradients(functools.partial(oracle, mask=keep, **path), *arrays))
 
 
 @pytest.mark.parametrize("shape", [None, (2, 1, 1, 7), (6, 1)], ids=str)
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.5], ids=["flash", "dense"])
-def test_is_causal_joins_a_mask_of_any_shape(shape, dropout_rate):
+@both_paths
+def test_is_causal_joins_a_mask_of_any_shape(shape, is_dense):
     mask = None if shape is None else make_mask(*shape) | (shape[-1] == 1)
     keep = jnp.tril(jnp.ones((6, 7), bool)) & (True if mask is None else mask)
     keep = keep.reshape((1,) * (4 - keep.ndim) + keep.shape)
-    dropout = {"dropout_rate": dropout_rate, "dropout_rng": jax.random.key(1)}
-    result = flax_layers.nnx.attention_fn(*make_qkv(), mask=mask, is_causal=True, **dropout)
-    assert_same(result, oracle(*make_qkv(), mask=keep, **dropout))
+    path = path_options(is_dense)
+    result = flax_layers.nnx.attention_fn(*make_qkv(), mask=mask, is_causal=True, **path)
+    assert_same(result, oracle(*make_qkv(), mask=keep, **path))
 
 
 @both_hooks
-@pytest.mark.parametrize(("kv_heads", "dropout_rate"), [(1, 0.0), (2, 0.0), (2, 0.5)])
-def test_grouped_heads_match_repeated_heads(ours, flax, kv_heads, dropout_rate):
+@pytest.mark.parametrize(("kv_heads", "is_dense"), [(1, False), (2, False), (2, True)])
+def test_grouped_heads_match_repeated_heads(ours, flax, kv_heads, is_dense):
     mask = make_mask(2, 1, 6, 7)
     arrays = make_qkv(kv_heads=kv_heads)
-    dropout = {"dropout_rate": dropout_rate, "dropout_rng": jax.random.key(1)}
+    path = path_options(is_dense)
 
     def repeated(q, k, v):
         k, v = (jnp.repeat(x, 4 // kv_heads, axis=-2) for x in (k, v))
-        return oracle(q, k, v, mask=mask, **dropout)
+        return oracle(q, k, v, mask=mask, **path)
 
-    result = value_and_gradients(functools.partial(ours, mask=mask, **dropout), *arrays)
+    result = value_and_gradients(functools.partial(ours, mask=mask, **path), *arrays)
     assert_same(result, value_and_gradients(repeated, *arrays))
 
 
@@ -255,14 +270,14 @@ def test_grouped_heads_match_repeated_heads(ours, flax, kv_heads, dropout_rate):
 
 
 @both_hooks
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.5], ids=["flash", "dense"])
-def test_query_that_sees_nothing_gives_zero(ours, flax, dropout_rate):
+@both_paths
+def test_query_that_sees_nothing_gives_zero(ours, flax, is_dense):
     mask = make_mask(2, 1, 6, 7).at[0, :, 2].set(False)
-    dropout = {"dropout_rate": dropout_rate, "dropout_rng": jax.random.key(1)}
+    path = path_options(is_dense)
     arrays = make_qkv()
-    out, (dq, _, dv) = value_and_gradients(functools.partial(ours, mask=mask, **dropout), *arrays)
+    out, (dq, _, dv) = value_and_gradients(functools.partial(ours, mask=mask, **path), *arrays)
     expected, gradients = value_and_gradients(
-        lambda *a: oracle(*a, mask=mask, **dropout).at[0, 2].set(0), *arrays
+        lambda *a: oracle(*a, mask=mask, **path).at[0, 2].set(0), *arrays
     )
     assert (out[0, 2] == 0).all()
     assert (dq[0, 2] == 0).all()
@@ -270,13 +285,11 @@ def test_query_that_sees_nothing_gives_zero(ours, flax, dropout_rate):
 
 
 @both_hooks
-@pytest.mark.parametrize("dropout_rate", [0.0, 0.5], ids=["flash", "dense"])
-def test_nan_in_padding_does_not_leak(ours, flax, dropout_rate):
+@both_paths
+def test_nan_in_padding_does_not_leak(ours, flax, is_dense):
     used = (jnp.arange(6) < 4)[:, None] & (jnp.arange(7) < 5)
     q, k, v = make_qkv()
-    hook = functools.partial(
-        ours, mask=used, dropout_rate=dropout_rate, dropout_rng=jax.random.key(1)
-    )
+    hook = functools.partial(ours, mask=used, **path_options(is_dense))
     padded = q.at[:, 4:].set(jnp.nan), k.at[:, 5:].set(jnp.nan), v.at[:, 5:].set(jnp.nan)
     assert_same(value_and_gradients(hook, *padded), value_and_gradients(hook, q, k, v))
 
@@ -287,33 +300,62 @@ def test_nan_in_padding_does_not_leak(ours, flax, dropout_rate):
 @both_hooks
 @pytest.mark.parametrize("broadcast_dropout", [True, False])
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
-def test_dropout_draws_the_bits_of_flax(ours, flax, broadcast_dropout, batch):
-    options = {
-        "mask": make_mask(*batch, 4, 6, 7),
-        "bias": jnp.arange(7.0),
-        "broadcast_dropout": broadcast_dropout,
-        "dropout_rate": 0.3,
-        "dropout_rng": jax.random.key(3),
-        "precision": "highest",
-    }
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_dropout_is_that_of_the_kernel(ours, flax, broadcast_dropout, batch, precision):
+    mask = make_mask(*batch, 4, 6, 7)
+    bias = jnp.arange(7.0)
+    dropout = {"dropout_rate": 0.3, "dropout_rng": jax.random.key(3)}
     arrays = make_qkv(batch)
-    result = value_and_gradients(functools.partial(ours, **options), *arrays)
-    expected = value_and_gradients(functools.partial(flax, **options), *arrays)
-    jax.tree.map(np.testing.assert_array_equal, result, expected)
+    rows = int(np.prod(batch))
+    kept = Dropout(0.3, jax.random.key(3), shared=broadcast_dropout).keep_mask(rows, 4, 6, 7)
+    # Flax's default: one pattern for all rows and heads.
+    assert (kept == kept[:1, :1]).all() == broadcast_dropout
+    hook = functools.partial(
+        ours,
+        mask=mask,
+        bias=bias,
+        precision=precision,
+        **dropout,
+        broadcast_dropout=broadcast_dropout,
+    )
+
+    def truth(*arrays):
+        q, k, v = (x.reshape(rows, *x.shape[-3:]) for x in arrays)
+        out, _ = exact.attention(
+            q, k, v, allowed=mask.reshape(rows, 4, 6, 7), change=lambda s: s + bias, keep=kept / 0.7
+        )
+        return out.reshape(*batch, *out.shape[1:])
+
+    with jax.enable_x64(True):
+        expected = value_and_gradients(truth, *arrays)
+        expected = jax.tree.map(lambda x: x.astype(jnp.float32), expected)
+    assert_same(value_and_gradients(hook, *arrays), expected, 1e-5)
 
 
 @both_hooks
-def test_only_dropout_and_sowing_are_dense(ours, flax, monkeypatch):
+def test_sown_weights_are_dropped_as_flax_drops_them(ours, flax):
+    class Keep(Sown):
+        def sow(self, collection, name, weights):
+            self.weights = weights
+
+    results = []
+    for function in (ours, flax):
+        keep = Keep()
+        options = path_options(True) | {"module": keep, "broadcast_dropout": False}
+        results.append((function(*make_qkv(), **options), keep.weights))
+    assert_same(*results)
+
+
+@both_hooks
+def test_only_sowing_is_dense(ours, flax, monkeypatch):
     monkeypatch.setattr(inspect.getmodule(ours), "flax_attention", refuse_to_run)
     arrays = make_qkv()
-    expected = oracle(*arrays)
     inactive = {"dropout_rate": 0.5, "deterministic": True, "dropout_rng": jax.random.key(0)}
-    assert_same(ours(*arrays, **inactive), expected)
-    assert_same(ours(*arrays, dropout_rng=jax.random.key(0)), expected)
+    assert_same(ours(*arrays, **inactive), oracle(*arrays))
+    assert_same(ours(*arrays, dropout_rng=jax.random.key(0)), oracle(*arrays))
+    ours(*arrays, dropout_rate=0.5, dropout_rng=jax.random.key(0))
     with pytest.raises(AssertionError, match="must not be dense"):
-        ours(*arrays, dropout_rate=0.5, dropout_rng=jax.random.key(0))
-    with pytest.raises(AssertionError, match="must not be dense"):
-        ours(*arrays, module=object())
+        ours(*arrays, module=Sown())
 
 
 @both_hooks
@@ -442,9 +484,9 @@ def test_replaced_einsum_is_refused(name):
 
 @both_hooks
 @pytest.mark.parametrize("extra", [{"score_mod": Softcap(5.0)}, {"backend": "reference"}], ids=str)
-def test_extras_are_refused_with_dropout(ours, flax, extra):
-    with pytest.raises(ValueError, match=r"not supported with dropout_rate=0\.5") as error:
-        ours(*make_qkv(), dropout_rate=0.5, dropout_rng=jax.random.key(0), **extra)
+def test_extras_are_refused_with_sown_weights(ours, flax, extra):
+    with pytest.raises(ValueError, match=r"not supported with sown attention weights") as error:
+        ours(*make_qkv(), module=Sown(), **extra)
     [(name, value)] = extra.items()
     assert f"{name}={value!r}" in str(error.value)
 

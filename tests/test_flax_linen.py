@@ -168,9 +168,9 @@ def test_package_loads_layers_when_used():
 
 
 @pytest.mark.parametrize(("num_kv_heads", "broadcast_dropout"), [(None, True), (4, False)])
-def test_dropout_draws_the_bits_of_flax(num_kv_heads, broadcast_dropout):
+def test_dropout_takes_its_key_and_pattern_as_in_the_layer_of_flax(num_kv_heads, broadcast_dropout):
     options = {"dropout_rate": 0.4, "broadcast_dropout": broadcast_dropout, "deterministic": False}
-    theirs = nn.MultiHeadDotProductAttention(4, **options)
+    theirs = nn.MultiHeadDotProductAttention(4, **options, attention_fn=ours.attention_fn)
     own = ours.MultiHeadDotProductAttention(4, **options, num_kv_heads=num_kv_heads)
     x = normal(0, 2, 6, 16)
     params = theirs.init({"params": KEY, "dropout": KEY}, x)["params"]

@@ -171,9 +171,10 @@ def test_arguments_that_flax_refuses_are_refused():
 
 
 @pytest.mark.parametrize("broadcast_dropout", [True, False])
-def test_dropout_draws_the_bits_of_flax(broadcast_dropout):
+def test_dropout_takes_its_key_and_pattern_as_in_the_layer_of_flax(broadcast_dropout):
     x = normal(0, 2, 6, 16)
     options = {"dropout_rate": 0.4, "broadcast_dropout": broadcast_dropout, "decode": False}
+    options["attention_fn"] = ours.attention_fn
     pair = make_pair(4, 16, num_kv_heads=2, deterministic=False, **options)
     # The stream that the layer keeps, then one given to the call.
     first, second, third = (
