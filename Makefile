@@ -8,6 +8,8 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 JOBS ?= 2
 # More arguments for the benchmark: make bench BENCH_ARGS="--impl ours,cudnn --only 4096".
 BENCH_ARGS ?=
+# Which notebooks to run: make notebooks NOTEBOOKS=notebooks/01*.ipynb
+NOTEBOOKS ?= notebooks/*.ipynb
 # More arguments for pytest: make test PYTEST_ARGS="-k causal".
 PYTEST_ARGS ?=
 
@@ -26,13 +28,16 @@ LOWEST := jax==0.11.2 jaxlib==0.11.2 flax==0.12.10
 _ := $(shell for v in $(VENV) $(LOWEST_VENV); do [ -x $$v/bin/python ] || rm -f $$v/*.stamp; done)
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-gpu bench bench-train report lint format clean
+.PHONY: help demo notebooks test test-lowest test-gpu bench bench-train report lint format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 demo: $(VENV)/examples.stamp  ## train a small language model on a CPU or GPU (2 to 4 minutes)
 	$(VENV)/bin/python examples/train_lm.py $(DEMO_ARGS)
+
+notebooks: $(VENV)/notebooks.stamp  ## run the notebooks on this machine; results in out/notebooks
+	$(VENV)/bin/python -m nbconvert --to notebook --execute --output-dir out/notebooks $(NOTEBOOKS)
 
 test: $(VENV)/test.stamp  ## run the test suite
 	. $(VENV)/bin/activate && $(PYTEST) $(PYTEST_ARGS)
@@ -55,6 +60,7 @@ bench-train: $(VENV)/bench.stamp  ## measure a training step of a GPT, on a Hopp
 report: $(VENV)/bench.stamp  ## make the README's speed table and the plots from the results
 	$(VENV)/bin/python -m benchmarks.report
 	$(VENV)/bin/python -m benchmarks.train_table
+	$(VENV)/bin/python -m notebooks.figures
 
 lint: $(VENV)/test.stamp  ## check style, format and types
 	$(VENV)/bin/ruff check .
