@@ -40,8 +40,9 @@ class Alibi(ScoreMod):
         return Alibi(self.slopes, offset=self.offset + kv_len - q_len)
 
     def apply(self, s, q_pos, kv_pos):
-        distance = jnp.abs(q_pos + self.offset - kv_pos)
-        return s - self.slopes.astype(s.dtype) * distance.astype(s.dtype)
+        # Converted before they meet: once for a row and for a column, not for every score.
+        distance = jnp.abs((q_pos + self.offset).astype(s.dtype) - kv_pos.astype(s.dtype))
+        return s - self.slopes.astype(s.dtype) * distance
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:

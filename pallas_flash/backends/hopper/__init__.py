@@ -14,7 +14,7 @@ from pallas_flash.backends.hopper.config import (
     one_step_from,
 )
 from pallas_flash.backends.hopper.config import misfit as config_misfit
-from pallas_flash.backends.hopper.operands import Kind, leaves_of
+from pallas_flash.backends.hopper.operands import Kind, leaves_of, spelled_out
 from pallas_flash.backends.hopper.scores import missing_in_terms
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import KV, leaf_fields
@@ -60,7 +60,7 @@ def _unsupported_terms(spec: AttentionSpec) -> str | None:
 def misfit(spec: AttentionSpec, config: Config) -> str | None:
     """The reason why a configuration cannot serve a spec that is supported, or None."""
     for name in ("forward", "backward"):
-        if reason := config_misfit(spec, getattr(config, name)):
+        if reason := config_misfit(spelled_out(spec), getattr(config, name)):
             return f"the {name} kernel {reason}"
     return None
 
@@ -89,6 +89,7 @@ def _cuda_version() -> int:
 
 def default_config(spec: AttentionSpec) -> Config:
     """A sound configuration for any spec that is supported."""
+    spec = spelled_out(spec)
     return Config(forward=default_forward_config(spec), backward=default_backward_config(spec))
 
 

@@ -46,7 +46,7 @@ def leaves(spec: AttentionSpec) -> list[Leaf]:
 
 def num_sums(spec: AttentionSpec) -> int:
     """How many of them are sums over queries."""
-    return sum(not leaf.kind.needs_smem for leaf in leaves(spec))
+    return sum(not leaf.kind.is_matrix for leaf in leaves(spec))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def in_smem(tiling: Tiling, wg_rows: int) -> Refs:
     count = num_sums(tiling.spec)
     tile = tiling.swizzle_tile(Kind.BAND, jnp.float32)
     shape = (tiling.num_rows // wg_rows, wg_rows, tiling.num_columns)
-    matrices = [tiled(shape, jnp.float32, tile) for x in leaves(tiling.spec) if x.kind.needs_smem]
+    matrices = [tiled(shape, jnp.float32, tile) for x in leaves(tiling.spec) if x.kind.is_matrix]
     sums = plgpu.SMEM((count, tiling.num_rows), jnp.float32) if count else None
     return Refs(sums, tuple(matrices))
 
@@ -119,7 +119,7 @@ def add(
     new: list[Any] = []
     matrix = 0
     for leaf, x in zip(leaves(tiling.spec), found, strict=True):
-        if not leaf.kind.needs_smem:
+        if not leaf.kind.is_matrix:
             new.append(sums[len(new)] + x.sum(axis=1))
             continue
         staging, array = smem.matrices[matrix].at[wg], gmem.matrices[matrix]

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 # Thread blocks that share out the tiles: one for every multiprocessor of an H100.
 NUM_BLOCKS = 132
@@ -46,10 +45,8 @@ def table(edges: np.ndarray, order: Order) -> np.ndarray:
 
     edges: [batch, heads, tiles, 4] first, full_first, full_last, last key block of each tile.
     """
-    head, rank = _heads_and_tiles(edges)
-    sequence = np.lexsort((head, rank, head // order.heads_per_group))
-    head, tile = head[sequence], edges.shape[2] - 1 - rank[sequence]
-    row, head = order.split(head)
+    row, head, rank = _in_sequence(edges.shape[2], order)
+    tile = edges.shape[2] - 1 - rank
     fields = np.stack([row, head, tile, *edges[row, head, tile].T], axis=1)
     fields = fields.astype(np.int32)
     own = _shared_out(np.maximum(fields[:, 6] - fields[:, 3], 1))
@@ -63,30 +60,31 @@ def table(edges: np.ndarray, order: Order) -> np.ndarray:
 CLOSED = ((0, 0), (0, 1), (0, 0))
 
 
-def _heads_and_tiles(edges: Any) -> tuple[np.ndarray, np.ndarray]:
-    """For every tile which head of the batch it is of, and its number there."""
-    batch, num_heads, num_tiles, _ = edges.shape
-    return np.divmod(np.arange(batch * num_heads * num_tiles, dtype=np.int32), num_tiles)
+def _in_sequence(num_tiles: int, order: Order) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row of the batch, head and rank among its tiles of every tile, in the order of work."""
+    count = order.batch * order.num_heads * num_tiles
+    head, rank = np.divmod(np.arange(count, dtype=np.int32), num_tiles)
+    sequence = np.lexsort((head, rank, head // order.heads_per_group))
+    return *order.split(head[sequence]), rank[sequence]
 
 
 def table_at_run_time(edges: jax.Array, order: Order) -> jax.Array:
-    """The same from edges that are known at run time only.
+    """The same from edges that are known at run time only: [B or 1, Hq or 1, tiles, 4].
 
-    Group by group of heads, in each the longest tiles first; dealt out to and fro, so that every
-    block gets about as much.
+    Group by group of heads, in each every head's longest tiles first; dealt out to and fro, so that
+    every block gets about as much.
     """
-    head, tile = _heads_and_tiles(edges)
-    group = head // order.heads_per_group
-    row, head = order.split(head)
-    fields = jnp.concatenate([np.stack([row, head, tile], axis=1), edges[row, head, tile]], axis=1)
-    steps = jnp.maximum(fields[:, 6] - fields[:, 3], 1)
-    index = np.arange(len(group), dtype=np.int32)
-    *_, sequence = lax.sort((jnp.asarray(group), -steps, jnp.asarray(index)), num_keys=2)
-    total = len(group)
+    steps = jnp.maximum(edges[..., 3] - edges[..., 0], 1)
+    longest_first = jnp.argsort(-steps, axis=-1).astype(jnp.int32)
+    row, head, rank = _in_sequence(edges.shape[2], order)
+    of = row if edges.shape[0] > 1 else 0 * row, head if edges.shape[1] > 1 else 0 * head
+    tile = longest_first[*of, rank]
+    fields = jnp.concatenate([jnp.stack([row, head, tile], axis=1), edges[*of, tile]], axis=1)
+    total = len(row)
     num_blocks = min(NUM_BLOCKS, total)
     block, turn = np.ogrid[:num_blocks, : -(-total // num_blocks)]
     place = turn * num_blocks + np.where(turn % 2, num_blocks - 1 - block, block)
-    dealt = fields[sequence[np.minimum(place, total - 1)]]
+    dealt = fields[np.minimum(place, total - 1)]
     dealt = jnp.where((place < total)[..., None], dealt, -1)
     return jnp.pad(dealt, CLOSED, constant_values=-1)
 

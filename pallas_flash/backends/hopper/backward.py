@@ -32,7 +32,12 @@ from pallas_flash.backends.hopper.backward_storage import (
     value_columns,
 )
 from pallas_flash.backends.hopper.config import BackwardConfig
-from pallas_flash.backends.hopper.operands import Terms, rows_share_matrices, spelled_out
+from pallas_flash.backends.hopper.operands import (
+    Terms,
+    rows_share_matrices,
+    spelled_out,
+    with_numbers,
+)
 from pallas_flash.backends.hopper.padding import without_unused
 from pallas_flash.backends.hopper.storage import LOG2_E, locate, padded, round_up, tma_rows
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
@@ -57,7 +62,7 @@ def backward(
 
     lse, delta: [B, Hq, Tq] float32, natural log; dout: [B, Tq, Hq, Dv].
     """
-    spec, operands = spelled_out(spec, operands)
+    spec, operands = spelled_out(spec), with_numbers(operands)
     tiles = config.backward
     qk, vo = query_columns(spec, tiles), value_columns(spec)
     runs, schedule = _schedule(spec, tiles, operands.mask)

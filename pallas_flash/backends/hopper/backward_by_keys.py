@@ -30,7 +30,7 @@ from pallas_flash.backends.hopper.backward_common import (
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, WG_KEYS, dq_part
-from pallas_flash.backends.hopper.scores import dropout_factor
+from pallas_flash.backends.hopper.scores import dropout_factor, keep
 from pallas_flash.backends.hopper.storage import load_accumulator, window
 
 
@@ -118,10 +118,10 @@ def _step(
             lse_log2 = per_query(smem.lse_log2.at[q_slot])
         terms = scores_terms(kernel, t, part, own)
         weights = probabilities(kernel, part, terms, s, lse_log2)
-        plgpu.wgmma(dv_acc, part.keep(weights.p).astype(kernel.spec.dtype), dout_smem)
+        plgpu.wgmma(dv_acc, keep(terms, weights.p).astype(kernel.spec.dtype), dout_smem)
         dp = load_accumulator(dp_acc, wait_n=1)
         delta = per_query(smem.delta.at[dout_slot])
-        x = weight_factors(part, dp, delta)
+        x = weight_factors(part, terms, dp, delta)
         # 0 where P is, since dP is finite there (`scrub`). Without the scale.
         ds = (weights.scores * x).astype(kernel.spec.dtype)
         smem.ds.at[ds_slot, own][...] = ds

@@ -28,7 +28,7 @@ from pallas_flash.backends.hopper.backward_common import (
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part
-from pallas_flash.backends.hopper.scores import dropout_factor
+from pallas_flash.backends.hopper.scores import dropout_factor, keep
 from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator, window
 
 
@@ -109,7 +109,7 @@ def _dv_step(
         s = load_accumulator(s_acc, wait_n=0)
         terms = scores_terms(kernel, t, part, pl.ds(0, config.block_kv))
         weights = probabilities(kernel, part, terms, s, lse_log2)
-        p = part.keep(weights.p).astype(kernel.spec.dtype)
+        p = keep(terms, weights.p).astype(kernel.spec.dtype)
         return p, weights.scores.astype(kernel.spec.dtype)
 
     p, weight = pl.run_scoped(scores, accumulator(config.block_kv, config.block_q))
@@ -139,8 +139,9 @@ def _dk_step(kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, _: A
         delta = per_query(smem.delta.at[dout_slot])
         plgpu.barrier_wait(smem.p_ready.at[slot])
         weight = plgpu.load(smem.p.at[slot], layout=MATRIX)
+        terms = scores_terms(kernel, t, part, pl.ds(0, config.block_kv))
         dp = load_accumulator(dp_acc, wait_n=0)
-        return (weight.astype(dp.dtype) * weight_factors(part, dp, delta)).astype(dtype)
+        return (weight.astype(dp.dtype) * weight_factors(part, terms, dp, delta)).astype(dtype)
 
     ds = pl.run_scoped(gradients, accumulator(config.block_kv, config.block_q))
     smem.ds.at[slot][...] = ds

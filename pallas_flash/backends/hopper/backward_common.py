@@ -23,12 +23,13 @@ from pallas_flash.backends.hopper import array_gradients
 from pallas_flash.backends.hopper.backward_storage import Storage, tiling
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.elementwise import written_out
-from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, load_matrices
+from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, bring
 from pallas_flash.backends.hopper.padding import Source
 from pallas_flash.backends.hopper.scores import (
     Part,
     dropout_factor,
     gradients_of_arrays,
+    keep,
     with_weights,
 )
 from pallas_flash.backends.hopper.storage import (
@@ -196,6 +197,7 @@ class Stream(NamedTuple):
     """Tiles with a float32 number per query that pass through stages: Q with lse, dO with delta."""
 
     source: Source
+    looks: Any
     row_gmem: Any
     tile_smem: Any
     row_smem: Any
@@ -212,11 +214,11 @@ def load_tiles(kernel: Kernel) -> None:
         plgpu.copy_gmem_to_smem(part, tile_smem, smem.kv_ready)
 
     q = Stream(
-        *(gmem.q, gmem.lse_log2, smem.q, smem.lse_log2),
+        *(gmem.q, gmem.q.looks(block.batch), gmem.lse_log2, smem.q, smem.lse_log2),
         *(smem.q_ready, smem.q_free, config.num_q_stages),
     )
     dout = Stream(
-        *(gmem.dout, gmem.delta, smem.dout, smem.delta),
+        *(gmem.dout, gmem.dout.looks(block.batch), gmem.delta, smem.dout, smem.delta),
         *(smem.dout_ready, smem.dout_free, config.num_dout_stages),
     )
 
@@ -224,7 +226,7 @@ def load_tiles(kernel: Kernel) -> None:
         _load_stage(kernel, q, t, q_head, q_tile)
         slot, place = stage(t, config.num_q_stages), kernel.place(q_head, q_tile)
         ready = smem.q_ready.at[slot]
-        load_matrices(kernel.tiling, gmem.terms, smem.tiles, slot, place, ready)
+        bring(kernel.tiling, gmem.terms, smem.tiles, slot, place, ready)
         _load_stage(kernel, dout, t, q_head, q_tile)
 
     steps, _ = for_each_q_tile(kernel, load, load)
@@ -241,7 +243,7 @@ def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any
 
     batch, start = kernel.block.batch, q_tile * kernel.config.block_q
     tile_smem, ready = stream.tile_smem.at[slot], stream.ready.at[slot]
-    stream.source.load(batch, q_head, q_tile, tile_smem, ready)
+    stream.source.load(stream.looks, batch, q_head, q_tile, tile_smem, ready)
     row = stream.row_gmem.at[batch, q_head, pl.ds(start, kernel.config.block_q)]
     plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot], ready)
 
@@ -267,9 +269,8 @@ def scores_part(kernel: Kernel, place: Place, shape: tuple[int, int], masked: bo
 
 
 def scores_terms(kernel: Kernel, t: Any, part: Part, own: Any) -> Terms:
-    """Mask and score mod of some keys of a tile, `own` of its rows."""
-    slot = stage(t, kernel.config.num_q_stages)
-    return part.terms(jax.tree.map(lambda tile: tile.at[slot, own], kernel.smem.tiles))
+    """The terms of some keys of a tile, `own` of its rows."""
+    return part.terms(kernel.smem.tiles, stage(t, kernel.config.num_q_stages), own)
 
 
 def _allowed(kernel: Kernel, part: Part, terms: Terms) -> Any:
@@ -319,9 +320,9 @@ def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: An
     return Weights(*written_out(all_of_it)(terms.score_mod, s * scale, *part.positions()))
 
 
-def weight_factors(part: Part, dp: Any, delta: Any) -> Any:
+def weight_factors(part: Part, terms: Terms, dp: Any, delta: Any) -> Any:
     """What P is multiplied with in the gradient of the logits: dP, after dropout, less delta."""
-    kept, spec = part.keep(dp), part.tiling.spec
+    kept, spec = keep(terms, dp), part.tiling.spec
     kept = kept if spec.dropout is None else kept * dropout_factor(spec)
     return kept - lax.broadcast_in_dim(delta, dp.shape, [1])
 

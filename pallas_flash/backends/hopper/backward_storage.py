@@ -6,7 +6,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_flash.backends.hopper import array_gradients
-from pallas_flash.backends.hopper.operands import Terms, Tiling, in_smem, num_matrices
+from pallas_flash.backends.hopper.operands import Terms, Tiling, in_smem, num_brought
 from pallas_flash.backends.hopper.storage import Columns, head_columns, tiled
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.terms import KV
@@ -19,9 +19,8 @@ class Storage(NamedTuple):
     """What a block allocates; the leading axis of q, lse_log2, dout, delta is a stage.
 
     ds and p hold scores of two steps, dq each warpgroup's part of a tile or, in turn, of its
-    columns. p and p_ready exist where the warpgroups share the keys. tiles: those of masks' and
-    score mods' arrays that are matrices, in stages with q. gradients: of the score mod's arrays, on
-    their way out.
+    columns. p and p_ready exist where the warpgroups share the keys. tiles: what is brought of the
+    terms' arrays, in stages with q. gradients: of the score mod's arrays, on their way out.
     """
 
     q: Any
@@ -104,7 +103,7 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         ds=tiled(score_shape, dtype, qk.tile),
         dq=tiled(dq_shape, f32, dq_tile),
         kv_ready=barriers(),
-        q_ready=barriers(config.num_q_stages, 2 + num_matrices(spec)),
+        q_ready=barriers(config.num_q_stages, 2 + num_brought(spec, KV)),
         dout_ready=barriers(config.num_dout_stages),
         q_free=barriers(config.num_q_stages),
         dout_free=barriers(config.num_dout_stages),

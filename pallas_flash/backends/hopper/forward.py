@@ -35,13 +35,14 @@ from pallas_flash.backends.hopper.operands import (
     Place,
     Terms,
     Tiling,
-    load_matrices,
-    num_matrices,
+    bring,
+    num_brought,
     rows_share_matrices,
     spelled_out,
+    with_numbers,
 )
 from pallas_flash.backends.hopper.padding import Source, unused_keys, without_unused
-from pallas_flash.backends.hopper.scores import Part, dropout_factor
+from pallas_flash.backends.hopper.scores import Part, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import (
     LN_2,
     LOG2_E,
@@ -56,6 +57,7 @@ from pallas_flash.backends.hopper.storage import (
 from pallas_flash.masks import Mask
 from pallas_flash.masks.schedule import Blocks, kv_schedule
 from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.terms import Q
 
 # Registers a thread of the producer and of a consumer may use, by number of consumer warpgroups:
 # 128 * (producer + consumers) stay within the 64 K of an SM. One has enough as it is.
@@ -161,18 +163,17 @@ class Kernel:
 
 def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[Any, Any]:
     """out [B, Tq, Hq, Dv] in q's dtype and lse [B, Hq, Tq] float32, natural log."""
-    spec, operands = spelled_out(spec, operands)
+    spec, operands = spelled_out(spec), with_numbers(operands)
     tiles, mask = config.forward, operands.mask
     columns, v_columns = query_columns(spec), value_columns(spec, tiles.block_kv)
     walk, schedule = _plan(spec, tiles, mask)
     heads = spec.batch, spec.num_q_heads
     order = assignment.Order(*heads, tiles.heads_per_group, rows_share_matrices(spec))
-    edges_shape = (*heads, *schedule.shape[2:])
     if isinstance(schedule, np.ndarray):
-        edges = np.broadcast_to(schedule, edges_shape)
+        edges = np.broadcast_to(schedule, (*heads, *schedule.shape[2:]))
         assigned = jnp.asarray(assignment.table(edges, order))
     else:
-        assigned = assignment.table_at_run_time(jnp.broadcast_to(schedule, edges_shape), order)
+        assigned = assignment.table_at_run_time(schedule, order)
     # P is 0 there, but its product with V would spread 0 * NaN.
     unused = unused_keys(mask, spec.batch, spec.q_len, spec.kv_len)
     inputs = Inputs(
@@ -300,12 +301,14 @@ def _load(kernel: Kernel) -> None:
     v = Stream(gmem.v, smem.v, smem.v_ready, smem.v_free)
 
     def load_tile(tile, _, first_step):
+        looks = gmem.v.looks(tile.batch)
+
         def load_k(i):
-            _load_block(kernel, tile, first_step + i, i, k)
-            _load_matrices(kernel, tile, first_step + i, i)
+            _load_block(kernel, tile, first_step + i, i, k, None)
+            _bring_terms(kernel, tile, first_step + i, i)
 
         def load_v(i):
-            _load_block(kernel, tile, first_step + i, i, v)
+            _load_block(kernel, tile, first_step + i, i, v, looks)
 
         # In the order of their use.
         def load(i, _):
@@ -336,7 +339,7 @@ class Stream(NamedTuple):
     free: Any
 
 
-def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream) -> None:
+def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream, looks: Any) -> None:
     """Loads the keys or values of a tile's step `i`, the block's step `t`, into their stage."""
     source, tiles, ready, free = stream
     stage = kernel.stage(t)
@@ -347,15 +350,15 @@ def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream) -> N
 
     target = tiles.at[stage]
     kv_head = lax.div(tile.q_head, jnp.int32(kernel.spec.group))
-    source.load(tile.batch, kv_head, tile.kv_block(i), target, ready.at[stage])
+    source.load(looks, tile.batch, kv_head, tile.kv_block(i), target, ready.at[stage])
 
 
-def _load_matrices(kernel: Kernel, tile: Tile, t: Any, i: Any) -> None:
-    """Loads what mask and score mod hold for each score of a tile's step `i`, behind its keys."""
+def _bring_terms(kernel: Kernel, tile: Tile, t: Any, i: Any) -> None:
+    """Loads what the terms hold for a tile's step `i`, behind its keys."""
     smem, config, stage = kernel.smem, kernel.config, kernel.stage(t)
     starts = tile.index * config.block_q, tile.kv_block(i) * config.block_kv
     place, ready = Place(tile.batch, tile.q_head, *starts), smem.k_ready.at[stage]
-    load_matrices(kernel.tiling, kernel.gmem.terms, smem.tiles, stage, place, ready)
+    bring(kernel.tiling, kernel.gmem.terms, smem.tiles, stage, place, ready)
 
 
 def _load_q(kernel: Kernel, wg: Any, tile: Tile) -> None:
@@ -500,14 +503,14 @@ def _softmax(kernel: Kernel, s: Any, state: State, part: Part, terms: Terms) -> 
     alpha = jnp.exp2(state.m_log2 - shift)
     p = jnp.exp2(s * to_log2 - widen_rows(shift, s.shape))
     l = state.l * alpha + p.sum(axis=1)  # noqa: E741
-    return lax.optimization_barrier((State(m_log2, l, part.keep(p)), alpha))
+    return lax.optimization_barrier((State(m_log2, l, keep(terms, p)), alpha))
 
 
 def _terms(kernel: Kernel, wg: Any, stage: Any, part: Part) -> Terms:
     """The terms of a part of a tile. Frees the stage of K, which has been multiplied."""
     own = pl.ds(wg * WG_ROWS, WG_ROWS)
-    terms = part.terms(jax.tree.map(lambda tile: tile.at[stage, own], kernel.smem.tiles))
-    if num_matrices(kernel.spec):
+    terms = part.terms(kernel.smem.tiles, stage, own)
+    if num_brought(kernel.spec, Q):
         # They were read by ordinary loads, and TMA overwrites them.
         plgpu.commit_smem()
     plgpu.barrier_arrive(kernel.smem.k_free.at[stage])

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_flash.backends.hopper.operands import Terms, Tiling, in_smem, num_matrices
+from pallas_flash.backends.hopper.operands import Terms, Tiling, in_smem, num_brought
 from pallas_flash.backends.hopper.storage import (
     SHARED_MEMORY_LIMIT,
     Columns,
@@ -28,8 +28,8 @@ class Storage(NamedTuple):
 
     The leading axis of q, out and lse counts warpgroups, that of k and v stages. `out` is None
     where there is no room, and the result is staged in the tile of q. `turn` orders the warpgroups'
-    use of the matrix units, or is None. tiles: those of masks'
-    and score mods' arrays that are matrices, in stages with k.
+    use of the matrix units, or is None. tiles: what
+    is brought of the terms' arrays, in stages with k.
     """
 
     q: Any
@@ -74,7 +74,7 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         out=tiled((wgs, WG_ROWS, vo.smem), spec.dtype, vo.tile),
         lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=wgs),
-        k_ready=plgpu.Barrier(num_arrivals=1 + num_matrices(spec), num_barriers=stages),
+        k_ready=plgpu.Barrier(num_arrivals=1 + num_brought(spec, Q), num_barriers=stages),
         v_ready=plgpu.Barrier(num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),

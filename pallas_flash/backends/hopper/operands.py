@@ -1,15 +1,17 @@
 """Arrays of masks, score mods and dropout in the kernels: how each reaches a tile of scores.
 
-By the axes that it really spans, an array gives a tile of one batch row and head a number, a vector
-along the tile's rows or columns (read from GMEM by the warpgroups), or a matrix (brought to SMEM by
-TMA). An array over distances is a matrix too: it is expanded once to a band, one row for each row
-of a tile, each shifted by one; linear memory, and every tile is a plain slice of it.
+By the axes that it really spans, an array gives a tile of one batch row and head a number or a
+vector along the tile's rows (read from GMEM by the warpgroups), or a vector along its columns or a
+matrix (brought to SMEM by the producer). An array over distances is a matrix too: it is expanded
+once to a band, one row for each row of a tile, each shifted by one; linear memory, and every tile
+is a plain slice of it.
 
 Rows are the queries in the forward and the keys in the backward, whose scores are transposed.
 """
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from pallas_flash.backends.hopper.storage import (
     tiled,
     tma_rows,
 )
+from pallas_flash.dropout import KeepBits
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import (
     BATCH,
@@ -60,8 +63,13 @@ class Kind(enum.Enum):
     BAND = enum.auto()
 
     @property
-    def needs_smem(self) -> bool:
+    def is_matrix(self) -> bool:
         return self in (Kind.MATRIX, Kind.BAND)
+
+    @property
+    def needs_smem(self) -> bool:
+        """Whether the producer brings a part of it for every tile."""
+        return self.is_matrix or self is Kind.PER_COLUMN
 
 
 class Leaf(NamedTuple):
@@ -111,9 +119,9 @@ def _leaf(x: Any, axes: Axes, rows: str) -> Leaf:
     is_bool = x.dtype == jnp.bool_
     is_float = jnp.issubdtype(x.dtype, jnp.floating)
     if is_float:
-        narrow = kind.needs_smem and x.dtype.itemsize <= 4
+        narrow = kind.is_matrix and x.dtype.itemsize <= 4
         dtype = x.dtype if narrow else jnp.dtype(jnp.float32)
-    elif is_bool and kind.needs_smem:
+    elif is_bool and kind.is_matrix:
         dtype = jnp.dtype(jnp.int8)
     elif jnp.issubdtype(x.dtype, jnp.unsignedinteger):
         dtype = jnp.dtype(jnp.uint32)
@@ -126,13 +134,21 @@ def _leaf(x: Any, axes: Axes, rows: str) -> Leaf:
 # Outside of the kernel
 
 
-def spelled_out(spec: AttentionSpec, operands: Operands) -> tuple[AttentionSpec, Operands]:
-    """The same request with dropout as numbers for each query and key."""
+def spelled_out(spec: AttentionSpec) -> AttentionSpec:
+    """The spec as the kernels have it: with dropout's numbers for each query and key."""
+    if not isinstance(spec.dropout, KeepBits):
+        return spec
+    make = functools.partial(KeepBits.spelled_out, q_len=spec.q_len, kv_len=spec.kv_len)
+    numbers: Any = jax.eval_shape(make, spec.dropout)
+    return dataclasses.replace(spec, dropout=numbers)
+
+
+def with_numbers(operands: Operands) -> Operands:
+    """The operands of a spec that is `spelled_out`."""
     if operands.dropout is None:
-        return spec, operands
-    numbers: Any = operands.dropout.spelled_out(spec.q_len, spec.kv_len)
-    operands = dataclasses.replace(operands, dropout=numbers)
-    return AttentionSpec.of(operands, spec.scale), operands
+        return operands
+    numbers: Any = operands.dropout.spelled_out(operands.q.shape[1], operands.k.shape[1])
+    return dataclasses.replace(operands, dropout=numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,21 +243,18 @@ def _ending_in_zeros(x: jax.Array, *sizes: int) -> jax.Array:
 
 
 def in_smem(tiling: Tiling, num_stages: int) -> Terms:
-    """Scratch types of the matrices of each term, None for its other arrays."""
+    """Scratch types of what the producer brings of each term, None for its other arrays."""
 
-    def tiles(term: Any) -> tuple[Any, ...]:
-        return tuple(
-            tiled(
-                (num_stages, tiling.num_rows, tiling.num_columns),
-                leaf.dtype,
-                tiling.swizzle_tile(leaf.kind, leaf.dtype),
-            )
-            if leaf.kind.needs_smem
-            else None
-            for leaf in leaves_of(term, tiling.rows)
-        )
+    def scratch(leaf: Leaf) -> Any:
+        if leaf.kind is Kind.PER_COLUMN:
+            return plgpu.SMEM((num_stages, tiling.num_columns), leaf.dtype)
+        if not leaf.kind.is_matrix:
+            return None
+        shape = (num_stages, tiling.num_rows, tiling.num_columns)
+        return tiled(shape, leaf.dtype, tiling.swizzle_tile(leaf.kind, leaf.dtype))
 
-    return Terms(*map(tiles, Terms.of(tiling.spec)))
+    terms = Terms.of(tiling.spec)
+    return Terms(*(tuple(map(scratch, leaves_of(term, tiling.rows))) for term in terms))
 
 
 def fits_swizzle(tiling: Tiling) -> bool:
@@ -250,7 +263,7 @@ def fits_swizzle(tiling: Tiling) -> bool:
         tiling.swizzle_tile(leaf.kind, leaf.dtype) * leaf.dtype.itemsize >= NARROWEST_SWIZZLE
         for term in Terms.of(tiling.spec)
         for leaf in leaves_of(term, tiling.rows)
-        if leaf.kind.needs_smem
+        if leaf.kind.is_matrix
     )
 
 
@@ -268,14 +281,14 @@ def rows_share_matrices(spec: AttentionSpec) -> bool:
         4 * leaf.heads * numbers[leaf.kind]
         for term in Terms.of(spec)
         for leaf in leaves_of(term, Q)
-        if leaf.kind.needs_smem and leaf.batch < spec.batch
+        if leaf.kind.is_matrix and leaf.batch < spec.batch
     )
     return shared > L2_BYTES_PER_GROUP
 
 
-def num_matrices(spec: AttentionSpec) -> int:
-    """How many arrays of a request come by way of SMEM."""
-    return sum(leaf.kind.needs_smem for term in Terms.of(spec) for leaf in leaves_of(term, Q))
+def num_brought(spec: AttentionSpec, rows: str) -> int:
+    """How many arrays of a request the producer brings."""
+    return sum(leaf.kind.needs_smem for term in Terms.of(spec) for leaf in leaves_of(term, rows))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -298,14 +311,18 @@ def place_in(leaf: Leaf, spec: AttentionSpec, place: Place) -> tuple[Any, Any]:
     return batch if leaf.batch > 1 else zero, place.q_head if leaf.heads > 1 else zero
 
 
-def load_matrices(tiling: Tiling, gmem: Terms, smem: Terms, stage: Any, place: Place, ready: Any):
-    """The producer: starts the loads of the matrices that belong to a tile."""
+def bring(tiling: Tiling, gmem: Terms, smem: Terms, stage: Any, place: Place, ready: Any) -> None:
+    """The producer: starts the loads of what belongs to a tile."""
     for term, arrays, tiles in zip(Terms.of(tiling.spec), gmem, smem, strict=True):
         for leaf, array, tile in zip(leaves_of(term, tiling.rows), arrays, tiles, strict=True):
-            if tile is None:
+            if not leaf.kind.needs_smem:
                 continue
-            at = matrix_part(tiling, leaf, place)
-            plgpu.copy_gmem_to_smem(array.at[at], tile.at[stage], ready)
+            if leaf.kind is Kind.PER_COLUMN:
+                columns = pl.ds(place.column_start, tiling.num_columns)
+                part = array.at[*place_in(leaf, tiling.spec, place), columns]
+            else:
+                part = array.at[matrix_part(tiling, leaf, place)]
+            plgpu.copy_gmem_to_smem(part, tile.at[stage], ready)
 
 
 def matrix_part(tiling: Tiling, leaf: Leaf, place: Place) -> tuple[Any, ...]:
@@ -320,7 +337,7 @@ def matrix_part(tiling: Tiling, leaf: Leaf, place: Place) -> tuple[Any, ...]:
 def read(
     tiling: Tiling, term: Any, arrays: Sequence[Any], place: Place, shape: tuple[int, int]
 ) -> list[Any]:
-    """Numbers and vectors of a term for a part of a tile, as they are; None for matrices."""
+    """Numbers, and vectors along rows, of a part of a tile; None for what the producer brings."""
     values: list[Any] = []
     for leaf, array in zip(leaves_of(term, tiling.rows), arrays, strict=True):
         at = place_in(leaf, tiling.spec, place)
@@ -329,31 +346,43 @@ def read(
         elif leaf.kind is Kind.PER_ROW:
             part = array.at[*at, pl.ds(place.row_start, shape[0])]
             values.append(plgpu.load(part, layout=PER_ROW, optimized=False))
-        elif leaf.kind is Kind.PER_COLUMN:
-            part = array.at[*at, pl.ds(place.column_start, shape[1])]
-            values.append(plgpu.load(part, layout=PER_COLUMN, optimized=False))
         else:
             values.append(None)
     return values
 
 
+class Brought(NamedTuple):
+    """Where in SMEM lies what the producer has brought for a part of a tile.
+
+    tiles: of a term, with a stage in front; own: the part's rows.
+    """
+
+    tiles: Sequence[Any]
+    stage: Any
+    own: Any
+
+    def load(self, index: int, kind: Kind) -> Any:
+        tile = self.tiles[index]
+        if kind is Kind.PER_COLUMN:
+            return plgpu.load(tile.at[self.stage], layout=PER_COLUMN, optimized=False)
+        return plgpu.load(tile.at[self.stage, self.own], layout=MATRIX, optimized=False)
+
+
 def aligned(
-    tiling: Tiling, term: Any, values: Sequence[Any], tiles: Sequence[Any], shape: tuple[int, int]
+    tiling: Tiling, term: Any, values: Sequence[Any], brought: Brought, shape: tuple[int, int]
 ) -> Any:
     """The term with every array as a matrix, or a number that is no float.
 
-    values: from `read`; tiles: where in SMEM this part's matrices lie.
+    values: from `read`.
     """
     arrays = []
-    leaves = leaves_of(term, tiling.rows)
-    for leaf, value, tile in zip(leaves, values, tiles, strict=True):
-        if leaf.kind.needs_smem:
-            x = plgpu.load(tile, layout=MATRIX, optimized=False)
-        elif leaf.kind is Kind.NUMBER:
-            # A float gets its gradient from every score.
-            x = lax.broadcast_in_dim(value, shape, []) if leaf.is_float else value
-        else:
-            x = lax.broadcast_in_dim(value, shape, [0 if leaf.kind is Kind.PER_ROW else 1])
+    for i, leaf in enumerate(leaves_of(term, tiling.rows)):
+        x = brought.load(i, leaf.kind) if leaf.kind.needs_smem else values[i]
+        if leaf.kind in (Kind.PER_ROW, Kind.PER_COLUMN):
+            x = lax.broadcast_in_dim(x, shape, [0 if leaf.kind is Kind.PER_ROW else 1])
+        elif leaf.kind is Kind.NUMBER and leaf.is_float:
+            # It gets its gradient from every score.
+            x = lax.broadcast_in_dim(x, shape, [])
         if leaf.is_float:
             x = x.astype(jnp.float32)
         arrays.append(x.astype(jnp.int32) != 0 if leaf.is_bool else x)

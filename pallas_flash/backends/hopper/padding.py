@@ -34,15 +34,21 @@ class Source(NamedTuple):
     """An array [B, T, H, D], and how its unused rows are left out.
 
     clean: like `array`, written where needs_clean says so, or None if every row is in use.
-    needs_clean: [B, H or 1, tiles] int32, whether a tile has unused rows.
+    needs_clean: [B, H or 1, tiles] int32, whether a tile has unused rows; of_rows: [B] int32,
+    whether any tile of a row of the batch has.
     """
 
     array: Any
     clean: Any = None
     needs_clean: Any = None
+    of_rows: Any = None
 
-    def load(self, batch: Any, head: Any, tile: Any, smem: Any, ready: Any) -> None:
-        """Starts the load of a tile into SMEM, whose rows it fills."""
+    def looks(self, batch: Any) -> Any:
+        """Whether to look which tiles of a row of the batch are clean: to be asked early."""
+        return None if self.clean is None else read_scalar(self.of_rows, batch) != 0
+
+    def load(self, looks: Any, batch: Any, head: Any, tile: Any, smem: Any, ready: Any) -> None:
+        """Starts the load of a tile into SMEM, whose rows it fills. looks: from `looks`."""
         start = tile * smem.shape[0]
 
         def load_from(array: Any) -> None:
@@ -52,9 +58,14 @@ class Source(NamedTuple):
             load_from(self.array)
             return
         flag_head = head if self.needs_clean.shape[1] > 1 else batch * 0
-        is_clean = read_scalar(self.needs_clean, batch, flag_head, tile) == 0
-        pl.when(is_clean)(lambda: load_from(self.array))
-        pl.when(is_clean == False)(lambda: load_from(self.clean))  # noqa: E712
+
+        def load_either() -> None:
+            needs_clean = read_scalar(self.needs_clean, batch, flag_head, tile)
+            pl.when(needs_clean == 0)(lambda: load_from(self.array))
+            pl.when(needs_clean != 0)(lambda: load_from(self.clean))
+
+        pl.when(looks)(load_either)
+        pl.when(looks == False)(lambda: load_from(self.array))  # noqa: E712
 
 
 def unused_keys(mask: Mask | None, batch: int, q_len: int, kv_len: int) -> Any:
@@ -85,7 +96,8 @@ def without_unused(x: jax.Array, unused: Any, columns: Columns, block: int) -> S
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, whole - rows.shape[-1])))
     is_written = rows.reshape(*rows.shape[:2], -1, ROWS).any(-1)
     clean = _clean(x, unused.astype(jnp.int32), is_written.astype(jnp.int32), columns)
-    return Source(x, clean, of_tiles.astype(jnp.int32))
+    of_rows = of_tiles.any((1, 2))
+    return Source(x, clean, of_tiles.astype(jnp.int32), of_rows.astype(jnp.int32))
 
 
 def _clean(x: jax.Array, unused: jax.Array, is_written: jax.Array, columns: Columns) -> jax.Array:

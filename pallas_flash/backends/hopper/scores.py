@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_flash.backends.hopper.elementwise import missing_operations, written_out
-from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, aligned, read
+from pallas_flash.backends.hopper.operands import Brought, Place, Terms, Tiling, aligned, read
 from pallas_flash.backends.hopper.storage import MATRIX
 from pallas_flash.scores import ScoreMod
 from pallas_flash.spec import AttentionSpec
@@ -35,24 +35,27 @@ class Part:
     def of(
         cls, tiling: Tiling, gmem: Terms, place: Place, shape: tuple[int, int], is_masked: bool
     ) -> "Part":
-        """Reads the numbers and vectors; early, they come from memory."""
+        """Reads what the producer does not bring; early, it comes from memory."""
         found = [
             () if term is None else read(tiling, term, arrays, place, shape)
             for term, arrays in zip(_terms(tiling, is_masked), gmem, strict=True)
         ]
         return cls(tiling, place, shape, is_masked, Terms(*found))
 
-    def terms(self, tiles: Terms) -> Terms:
-        """Mask and score mod with matrices for their arrays.
+    def terms(self, tiles: Terms, stage: Any, own: Any) -> Terms:
+        """Mask, score mod and dropout with matrices for their arrays.
 
-        tiles: where in SMEM those of the arrays lie that are matrices themselves.
+        tiles: what the producer brings, in SMEM; own: which of a tile's rows these are.
         """
-        terms = _terms(self.tiling, self.is_masked)
-        mask, score_mod = (
-            None if term is None else aligned(self.tiling, term, values, parts, self.shape)
-            for term, values, parts in list(zip(terms, self.values, tiles, strict=True))[:2]
+        of_terms = zip(_terms(self.tiling, self.is_masked), self.values, tiles, strict=True)
+        return Terms(
+            *(
+                None
+                if term is None
+                else aligned(self.tiling, term, values, Brought(parts, stage, own), self.shape)
+                for term, values, parts in of_terms
+            )
         )
-        return Terms(mask, score_mod, None)
 
     def positions(self) -> tuple[Any, Any]:
         """Of queries and keys, [rows, columns] int32."""
@@ -69,14 +72,10 @@ class Part:
             return None
         return written_out(lambda mask: mask.allowed(*self.positions()))(terms.mask)
 
-    def keep(self, p: Any) -> Any:
-        """Probabilities, or their gradients, with zeros where dropout drops them, not rescaled."""
-        dropout = self.tiling.spec.dropout
-        if dropout is None:
-            return p
-        parts = [None] * len(self.values.dropout)
-        numbers = aligned(self.tiling, dropout, self.values.dropout, parts, self.shape)
-        return jnp.where(numbers.keep(), p, 0.0)
+
+def keep(terms: Terms, p: Any) -> Any:
+    """Probabilities, or their gradients, with zeros where dropout drops them, not rescaled."""
+    return p if terms.dropout is None else jnp.where(terms.dropout.keep(), p, 0.0)
 
 
 def dropout_factor(spec: AttentionSpec) -> float:
