@@ -26,8 +26,8 @@ def device_part(path: pathlib.Path) -> str:
     commits = sorted({(row["commit"] or "unknown")[:10] for row in result["rows"]})
     lines = [
         f"`decode_attention` on one {result['device']}, JAX {result['jax']}, {result['date']}, "
-        f"commit {', '.join(commits)}: GPU kernel time by CUPTI, median, every kernel of a call; the keys "
-        "and values that are there, queries and results over that time, as a share of the "
+        f"commit {', '.join(commits)}: GPU kernel time by CUPTI, median, every kernel of a call; "
+        "the keys and values that are there, queries and results over that time, as a share of the "
         f"{result['copy_gb_s']:.0f} GB/s of a copy in the same run. `python -m benchmarks.decode` "
         "measures anew.",
         "",
