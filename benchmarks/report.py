@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from benchmarks import record, tables
+from benchmarks import decode_report, record, tables
 from benchmarks.tables import DIRECTIONS, TITLES, Group, by_case
 from tools import readme
 
@@ -156,7 +156,9 @@ def main() -> None:
     for path in sorted(record.RESULTS.glob("*/grid.json")):
         plot(path.parent)
     text = readme.PATH.read_text()
-    readme.PATH.write_text(readme.replace(text, MARKER, section(), BEFORE))
+    text = readme.replace(text, MARKER, section(), BEFORE)
+    decode = decode_report.section()
+    readme.PATH.write_text(readme.replace(text, decode_report.MARKER, decode, decode_report.BEFORE))
 
 
 if __name__ == "__main__":

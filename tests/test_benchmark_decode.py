@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import decode, timing
+from benchmarks import decode, decode_report, record, timing
+from tools import readme
 
 SMALL = decode.Case(
     batch=3, kv_len=128, num_q_heads=4, num_kv_heads=2, head_dim=16, shortest=32, dtype="float32"
@@ -60,3 +61,20 @@ def test_what_fails_is_a_row_and_fails_the_run(small, tmp_path, monkeypatch):
 def test_every_case_lowers_for_cuda(capsys):
     assert decode.main(["--dry", "--only", "^8x32768x"]) == 0
     assert "2 cases of ours lower for CUDA" in capsys.readouterr().out
+
+
+def test_report_has_a_line_for_each_case(tmp_path):
+    assert decode_report.section(tmp_path) is None
+    row = {"case": "8x64x4/2x16-bfloat16", "commit": "0123456789ab"}
+    speed = {"ms": 0.5, "gb_s": 2999.6, "share_of_copy": 0.987}
+    header = {"device": "Test GPU", "jax": "0", "date": "today", "copy_gb_s": 3030.3}
+    rows = [row | speed | {"impl": "ours"}, row | {"impl": "cudnn", "error": "refused"}]
+    record.write(tmp_path / "test_gpu" / "decode.json", header, rows, decode.KEY)
+    text = decode_report.section(tmp_path)
+    assert "| `8x64x4/2x16` | 0.500 ms, 3000 GB/s, **99%** | - | - | - |" in text
+    assert "commit 0123456789:" in text and "3030 GB/s of a copy" in text
+
+
+def test_readme_says_what_the_result_files_say():
+    made = readme.part(readme.PATH.read_text(), decode_report.MARKER)
+    assert made == decode_report.section()
