@@ -121,6 +121,10 @@ def attend(
     Raises:
         ValueError: arguments that exclude each other, or do not fit the inputs.
     """
+    if not 0 <= layer.dropout_rate < 1:
+        raise ValueError(f"dropout_rate={layer.dropout_rate} must be in [0, 1)")
+    if call.positions is not None and layer.rope is None:
+        raise ValueError("positions needs rope: masks go by the order of the tokens")
     sink = None if sinks is None else Sink(sinks)
     mods = tuple(mod for mod in (layer.score_mod, call.score_mod, sink) if mod is not None)
     score_mod = Chain(mods) if mods else None

@@ -370,6 +370,8 @@ REFUSED = {
     "num_heads=4 must be a multiple of num_kv_heads=3": ({"num_kv_heads": 3}, {}),
     "features=10 must be a multiple of num_heads=4": ({}, {}),
     "lengths needs a cache": ({"head_dim": 4}, {"lengths": jnp.array([1, 2])}),
+    "positions needs rope": ({"head_dim": 4}, {"positions": jnp.arange(5)}),
+    "dropout_rate=-0.5 must be in [0, 1)": ({"head_dim": 4, "dropout_rate": -0.5}, {}),
     "dim=6 must be even and at most head_dim=4": ({"head_dim": 4, "rope": Rope(dim=6)}, {}),
     "rope does not go with inputs_kv": (
         {"head_dim": 4, "rope": Rope()},
