@@ -135,9 +135,9 @@ def test_shared_memory_is_what_pallas_requests():
         (described(68, 64), "head_dim=68 must be a multiple of 8 from 16 to 256"),
         (
             dataclasses.replace(
-                described(64, 64), score_mod=pf.ScoreFunction(lambda s, *_: jax.lax.erf(s))
+                described(64, 64), score_mod=pf.ScoreFunction(lambda s, *_: jax.lax.erf_inv(s))
             ),
-            "functions that use erf are not in the Hopper kernels",
+            "functions that use erf_inv are not in the Hopper kernels",
         ),
         (
             dataclasses.replace(
@@ -153,7 +153,7 @@ def test_shared_memory_is_what_pallas_requests():
             "gradients of score mod arrays are in the kernels up to head_dim 128: Alibi.slopes",
         ),
     ],
-    ids=["float32", "head-dim-8", "value-dim-264", "head-dim-68", "erf", "bias-of-queries", "wide"],
+    ids=["float32", "head-dim-8", "value-dim-264", "head-dim-68", "erf-inv", "bias-of-queries", "wide"],
 )
 def test_what_the_kernels_cannot_serve_is_refused_by_name(operands, reason):
     assert hopper.unsupported(AttentionSpec.of(operands, 0.1)) == reason
