@@ -153,7 +153,15 @@ def test_shared_memory_is_what_pallas_requests():
             "gradients of score mod arrays are in the kernels up to head_dim 128: Alibi.slopes",
         ),
     ],
-    ids=["float32", "head-dim-8", "value-dim-264", "head-dim-68", "erf-inv", "bias-of-queries", "wide"],
+    ids=[
+        "float32",
+        "head-dim-8",
+        "value-dim-264",
+        "head-dim-68",
+        "erf-inv",
+        "bias-of-queries",
+        "wide",
+    ],
 )
 def test_what_the_kernels_cannot_serve_is_refused_by_name(operands, reason):
     assert hopper.unsupported(AttentionSpec.of(operands, 0.1)) == reason

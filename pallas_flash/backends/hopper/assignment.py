@@ -11,6 +11,8 @@ import numpy as np
 NUM_BLOCKS = 132
 # What a tile costs besides its steps, in steps.
 TILE_OVERHEAD = 0.5
+# Its multiples, modulo 1, lie far apart.
+GOLDEN_RATIO = 0.618
 # What the table holds of a tile.
 BATCH, HEAD, TILE = range(3)
 EDGES = slice(3, 7)
@@ -50,10 +52,8 @@ def table(edges: np.ndarray, order: Order) -> np.ndarray:
     fields = np.stack([row, head, tile, *edges[row, head, tile].T], axis=1)
     fields = fields.astype(np.int32)
     own = _shared_out(np.maximum(fields[:, 6] - fields[:, 3], 1))
-    result = np.full((len(own), max(map(len, own)), NUM_FIELDS), -1, np.int32)
-    for block, tiles in enumerate(own):
-        result[block, : len(tiles)] = fields[tiles]
-    return np.pad(result, CLOSED, constant_values=-1)
+    place = _side_by_side(own)
+    return np.pad(np.where((place >= 0)[..., None], fields[place], -1), CLOSED, constant_values=-1)
 
 
 # One more round that nobody has: every list of tiles ends.
@@ -80,13 +80,37 @@ def table_at_run_time(edges: jax.Array, order: Order) -> jax.Array:
     of = row if edges.shape[0] > 1 else 0 * row, head if edges.shape[1] > 1 else 0 * head
     tile = longest_first[*of, rank]
     fields = jnp.concatenate([jnp.stack([row, head, tile], axis=1), edges[*of, tile]], axis=1)
-    total = len(row)
-    num_blocks = min(NUM_BLOCKS, total)
-    block, turn = np.ogrid[:num_blocks, : -(-total // num_blocks)]
-    place = turn * num_blocks + np.where(turn % 2, num_blocks - 1 - block, block)
-    dealt = fields[np.minimum(place, total - 1)]
-    dealt = jnp.where((place < total)[..., None], dealt, -1)
+    place = _dealt_out(edges.shape[2], order)
+    dealt = jnp.where((place >= 0)[..., None], fields[place], -1)
     return jnp.pad(dealt, CLOSED, constant_values=-1)
+
+
+def _dealt_out(num_tiles: int, order: Order) -> np.ndarray:
+    """Which tiles of the sequence each block gets: [blocks, rounds], at the end -1 for none.
+
+    Each group of heads in rounds of its own, to and fro: who gets a long tile in one round gets a
+    short one in the next. The next group begins at another block.
+    """
+    total = order.batch * order.num_heads * num_tiles
+    per_group = order.heads_per_group * num_tiles
+    num_blocks = min(NUM_BLOCKS, total)
+    own: list[list[int]] = [[] for _ in range(num_blocks)]
+    for group, first in enumerate(range(0, total, per_group)):
+        blocks = np.roll(np.arange(num_blocks), round(group * num_blocks * GOLDEN_RATIO))
+        for start in range(first, min(first + per_group, total), num_blocks):
+            tiles = range(start, min(start + num_blocks, first + per_group, total))
+            for block, tile in zip(blocks, tiles, strict=False):
+                own[block].append(tile)
+            blocks = blocks[::-1]
+    return _side_by_side(own)
+
+
+def _side_by_side(own: list[list[int]]) -> np.ndarray:
+    """Lists of numbers as rows [blocks, rounds] int32, with -1 behind their ends."""
+    rows = np.full((len(own), max(map(len, own))), -1, np.int32)
+    for row, numbers in zip(rows, own, strict=True):
+        row[: len(numbers)] = numbers
+    return rows
 
 
 def _shared_out(steps: np.ndarray) -> list[list[int]]:
