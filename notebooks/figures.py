@@ -2,11 +2,12 @@
 
     python -m notebooks.figures
 
-draws the README's two plots anew from the committed files.
+draws the README's plots anew from the committed files.
 """
 
 import json
 import pathlib
+from functools import partial
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -116,6 +117,7 @@ def growth(results: Results) -> Any:
 def main() -> None:
     for name, plot, file in (
         ("paper_figure", speed_bars, "paper_figure.png"),
+        ("paper_figure", partial(speed_bars, direction="fwd"), "paper_figure_forward.png"),
         ("notebook_figures", growth, "lengths.png"),
     ):
         for path in sorted(RESULTS.glob(f"*/{name}.json")):

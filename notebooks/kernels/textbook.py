@@ -38,11 +38,9 @@ from .tiles import (
     store_tile,
 )
 
-# Keys of a block of the two forwards: as many as fit beside o in the first, which passes over all
-# queries for each; in the second, so few that two blocks of threads share a multiprocessor (511
+# Keys of a block: so few that two blocks of threads of the second form share a multiprocessor (511
 # TFLOP/s for 402 with 128, 4 x 4096 x 16 x 128, H100, JAX 0.11.2).
-FLASH1_BLOCK_KV = 128
-FLASH2_BLOCK_KV = 64
+BLOCK_KV = 64
 STAGES = 2
 
 
@@ -92,19 +90,19 @@ def flash1_forward(q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any]:
         k_smem, v_smem, p_smem, o_smem, m_smem, l_smem = smem
 
         def with_keys(j, _):
-            keys = pl.ds(j * FLASH1_BLOCK_KV, FLASH1_BLOCK_KV)
+            keys = pl.ds(j * BLOCK_KV, BLOCK_KV)
             plgpu.copy_gmem_to_smem(k_gmem.at[b, keys, h], k_smem, arrived.at[0])
             plgpu.copy_gmem_to_smem(v_gmem.at[b, keys, h], v_smem, arrived.at[1])
             plgpu.barrier_wait(arrived.at[0])
             plgpu.barrier_wait(arrived.at[1])
             # Queries before these keys see none of them.
-            first = j * (FLASH1_BLOCK_KV // ROWS) if causal else 0
+            first = j * (BLOCK_KV // ROWS) if causal else 0
 
             def with_queries(index, q_smem, o_old, m_old, l_old):
                 i = first + index[0]
                 s = product(q_smem, k_smem.transpose((1, 0)))
                 if causal:
-                    s = causal_scores(s, i * ROWS, j * FLASH1_BLOCK_KV)
+                    s = causal_scores(s, i * ROWS, j * BLOCK_KV)
                 old_m, old_l = (plgpu.load(x, layout=PER_ROW) for x in (m_old, l_old))
                 p, m, l, alpha = online_softmax(s, old_m, old_l, scale)
                 p_smem[...] = p.astype(p_smem.dtype)
@@ -137,10 +135,10 @@ def flash1_forward(q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any]:
             # The next keys read what these have written.
             plgpu.wait_smem_to_gmem(0)
 
-        lax.fori_loop(0, k.shape[1] // FLASH1_BLOCK_KV, with_keys, None)
+        lax.fori_loop(0, k.shape[1] // BLOCK_KV, with_keys, None)
 
-    keys, vector = bf16_tile(FLASH1_BLOCK_KV, head_dim), plgpu.SMEM((ROWS,), jnp.float32)
-    tiles = (keys, keys, bf16_tile(ROWS, FLASH1_BLOCK_KV), f32_tile(ROWS, head_dim), vector, vector)
+    keys, vector = bf16_tile(BLOCK_KV, head_dim), plgpu.SMEM((ROWS,), jnp.float32)
+    tiles = (keys, keys, bf16_tile(ROWS, BLOCK_KV), f32_tile(ROWS, head_dim), vector, vector)
     o = jax.new_ref(jnp.zeros(q.shape, jnp.float32))
     m = jax.new_ref(jnp.full(rows, -jnp.inf, jnp.float32))
     l = jax.new_ref(jnp.zeros(rows, jnp.float32))
@@ -176,19 +174,17 @@ def flash2_forward(q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any]:
         def with_keys(index, k_smem, v_smem, state):
             s = product(q_smem, k_smem.transpose((1, 0)))
             if causal:
-                s = causal_scores(s, i * ROWS, index[0] * FLASH2_BLOCK_KV)
+                s = causal_scores(s, i * ROWS, index[0] * BLOCK_KV)
             p, m_log2, l, alpha = online_softmax(s, state.m_log2, state.l, scale)
             p_smem[...] = p.astype(p_smem.dtype)
             plgpu.commit_smem()
             return State(m_log2, l, state.o * per_row(alpha, state.o) + product(p_smem, v_smem))
 
-        keys = plgpu.BlockSpec((FLASH2_BLOCK_KV, head_dim), lambda j: (j, 0), transforms=BF16_TILE)
+        keys = plgpu.BlockSpec((BLOCK_KV, head_dim), lambda j: (j, 0), transforms=BF16_TILE)
         state = plgpu.emit_pipeline(
             with_keys,
             # Keys after these queries are not visited.
-            grid=(
-                lax.div(i * ROWS, FLASH2_BLOCK_KV) + 1 if causal else k.shape[1] // FLASH2_BLOCK_KV,
-            ),
+            grid=(lax.div(i * ROWS, BLOCK_KV) + 1 if causal else k.shape[1] // BLOCK_KV,),
             in_specs=[keys, keys],
             max_concurrent_steps=STAGES,
             init_carry=empty_state(head_dim),
@@ -205,7 +201,7 @@ def flash2_forward(q: Any, k: Any, v: Any, causal: bool) -> tuple[Any, Any]:
         grid_names=("batch", "head", "q_tile"),
         scratch_types=(
             bf16_tile(ROWS, head_dim),
-            bf16_tile(ROWS, FLASH2_BLOCK_KV),
+            bf16_tile(ROWS, BLOCK_KV),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.Barrier(),
         ),
