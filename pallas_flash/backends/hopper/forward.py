@@ -9,7 +9,6 @@ scores that it is compared with are multiplied by ``scale * LOG2_E``.
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,11 +16,9 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_flash.backends import tile as meaning
-from pallas_flash.backends.hopper import assignment
 from pallas_flash.backends.hopper.config import Config, ForwardConfig
 from pallas_flash.backends.hopper.elementwise import written_out
 from pallas_flash.backends.hopper.forward_storage import (
@@ -33,13 +30,20 @@ from pallas_flash.backends.hopper.forward_storage import (
     tiling,
     value_columns,
 )
+from pallas_flash.backends.hopper.forward_walk import (
+    Assigned,
+    Tile,
+    Walk,
+    first_tile,
+    for_each_tile,
+    plan,
+)
 from pallas_flash.backends.hopper.operands import (
     Place,
     Terms,
     Tiling,
     bring,
     num_brought,
-    rows_share_matrices,
     spelled_out,
     with_numbers,
 )
@@ -51,14 +55,11 @@ from pallas_flash.backends.hopper.storage import (
     constant_per_row,
     load_accumulator,
     padded,
-    read_scalar,
     round_up,
     widen_rows,
     window,
     zero_matrix,
 )
-from pallas_flash.masks import Mask
-from pallas_flash.masks.schedule import Blocks, kv_schedule
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import Q
 
@@ -75,61 +76,15 @@ COMPILER_PARAMS = plgpu.CompilerParams(
 class Inputs(NamedTuple):
     """What the kernel reads from GMEM.
 
-    q: [B, T, H, D], padded where TMA needs it; k, v: sources of the same. tiles: [blocks, rounds,
-    fields] int32 and num_tiles: [blocks] int32, see assignment.py. terms: the arrays of mask, score
-    mod and dropout.
+    q: [B, T, H, D], padded where TMA needs it; k, v: sources of the same. assigned: the tiles of
+    each block. terms: the arrays of mask, score mod and dropout.
     """
 
     q: Any
     k: Any
     v: Any
-    tiles: Any
-    num_tiles: Any
+    assigned: Assigned
     terms: Terms
-
-
-Edges = tuple[Any, Any, Any, Any]
-
-
-class Walk(NamedTuple):
-    """Which key blocks the tiles visit, the last one first.
-
-    starts_full: whether the first step of every tile needs no mask. runs: which of the loops after
-    it (masked, unmasked, masked) can have anything to do. edges: first, full_first, full_last, last
-    where they are the same for every tile, else None.
-    """
-
-    starts_full: bool
-    runs: tuple[bool, bool, bool]
-    edges: Edges | None
-
-
-class Tile(NamedTuple):
-    """Queries of one head, and the key blocks that they visit.
-
-    edges: first, full_first, full_last, last. index: which queries.
-    """
-
-    batch: Any
-    q_head: Any
-    index: Any
-    edges: Edges
-
-    @property
-    def num_steps(self) -> Any:
-        """One key block is visited even if the mask then allows nothing."""
-        return jnp.maximum(self.edges[3] - self.edges[0], 1)
-
-    def kv_block(self, step: Any) -> Any:
-        """The key block of a step: under a causal mask those that need it are the last."""
-        return self.edges[0] + (self.num_steps - 1 - step)
-
-    @property
-    def runs(self) -> Edges:
-        """Where the loops (masked, unmasked, masked) begin and end, in steps."""
-        first, full_first, full_last, _ = self.edges
-        last = first + self.num_steps
-        return jnp.int32(0), last - full_last, last - full_first, self.num_steps
 
 
 class State(NamedTuple):
@@ -179,53 +134,18 @@ def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[An
     spec, operands = spelled_out(spec), with_numbers(operands)
     tiles, mask = config.forward, operands.mask
     columns, v_columns = query_columns(spec), value_columns(spec, tiles.block_kv)
-    walk, schedule = _plan(spec, tiles, mask)
-    heads = spec.batch, spec.num_q_heads
-    order = assignment.Order(*heads, tiles.heads_per_group, rows_share_matrices(spec))
-    if isinstance(schedule, np.ndarray):
-        edges = np.broadcast_to(schedule, (*heads, *schedule.shape[2:]))
-        assigned = jnp.asarray(assignment.table(edges, order))
-    else:
-        assigned = assignment.table_at_run_time(schedule, order)
+    walk, assigned = plan(spec, tiles, mask)
     # P is 0 there, but its product with V would spread 0 * NaN.
     unused = unused_keys(mask, spec.batch, spec.q_len, spec.kv_len)
     inputs = Inputs(
         q=padded(operands.q, columns),
         k=Source(padded(operands.k, columns)),
         v=without_unused(padded(operands.v, v_columns), unused, v_columns, tiles.block_kv),
-        tiles=assigned,
-        num_tiles=jnp.asarray((assigned[..., assignment.BATCH] >= 0).sum(1), jnp.int32),
+        assigned=assigned,
         terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
     )
     out, lse = _launch(spec, tiles, walk, inputs)
     return out[:, : spec.q_len, :, : spec.value_dim], lse[:, :, : spec.q_len]
-
-
-def _plan(spec: AttentionSpec, config: ForwardConfig, mask: Mask | None) -> tuple[Walk, Any]:
-    """Which key blocks the tiles visit, and the schedule: [B or 1, Hq or 1, num_q_tiles, 4].
-
-    The schedule is a NumPy array unless the mask holds arrays.
-    """
-    num_q_tiles = pl.cdiv(spec.q_len, config.block_q)
-    if mask is None:
-        full, last = spec.kv_len // config.block_kv, pl.cdiv(spec.kv_len, config.block_kv)
-        schedule = np.broadcast_to(np.array([0, 0, full, last], np.int32), (1, 1, num_q_tiles, 4))
-    else:
-        blocks = Blocks(spec.q_len, spec.kv_len, config.block_q, config.block_kv, spec.batch)
-        schedule = kv_schedule(mask, blocks)
-    if not isinstance(schedule, np.ndarray):
-        return Walk(False, (True, True, True), None), schedule
-    edges = schedule.reshape(-1, 4)
-    before, full, after = np.diff(edges, axis=1).T
-    # The first step is outside of the loops.
-    runs = (
-        bool((after > 1).any()),
-        bool((full > (after == 0)).any()),
-        bool((before > ((after == 0) & (full == 0))).any()),
-    )
-    starts_full = bool(((full > 0) & (after == 0)).all())
-    is_uniform = (edges == edges[0]).all()
-    return Walk(starts_full, runs, tuple(edges[0].tolist()) if is_uniform else None), schedule
 
 
 def _launch(
@@ -259,52 +179,13 @@ def _launch(
             # Whole tiles: a row that ended inside of one would be stored over the next row.
             jax.ShapeDtypeStruct((batch, heads, lse_rows), jnp.float32),
         ),
-        grid=(inputs.tiles.shape[0],),
+        grid=(inputs.assigned.tiles.shape[0],),
         grid_names=("block",),
         num_threads=num_wgs + 1,
         thread_name="wg",
         scratch_types=(storage(spec, config),),
         compiler_params=COMPILER_PARAMS,
     )(inputs)
-
-
-def _for_each_tile(kernel: Kernel, body: Callable[[Tile, Any, Any], Any]) -> Any:
-    """Calls ``step = body(tile, following, step)`` for the tiles of this block, step = 0 at first.
-
-    following: calls its argument with the next tile, if there is one.
-    """
-    count = read_scalar(kernel.gmem.num_tiles, lax.axis_index("block"))
-
-    def nth(n, state):
-        step, fields = state
-        # Read a tile ahead: the memory's latency passes meanwhile.
-        next_fields = _fields(kernel, n + 1)
-
-        def following(function):
-            pl.when(n + 1 < count)(lambda: function(_tile(kernel, next_fields)))
-
-        return body(_tile(kernel, fields), following, step), next_fields
-
-    first = (jnp.int32(0), _fields(kernel, jnp.int32(0)))
-    return lax.fori_loop(jnp.int32(0), count, nth, first)[0]
-
-
-def _fields(kernel: Kernel, n: Any) -> tuple[Any, ...]:
-    """What the table holds of the n-th tile of this block."""
-    fields = range(assignment.NUM_FIELDS if kernel.walk.edges is None else assignment.EDGES.start)
-    return tuple(
-        read_scalar(kernel.gmem.tiles, lax.axis_index("block"), n, field) for field in fields
-    )
-
-
-def _tile(kernel: Kernel, fields: tuple[Any, ...]) -> Tile:
-    batch, q_head, index = fields[: assignment.EDGES.start]
-    if kernel.walk.edges is not None:
-        edges = tuple(map(jnp.int32, kernel.walk.edges))
-    else:
-        edges = fields[assignment.EDGES]
-    first, full_first, full_last, last = edges
-    return Tile(batch, q_head, index, (first, full_first, full_last, last))
 
 
 def _load(kernel: Kernel) -> None:
@@ -333,7 +214,7 @@ def _load(kernel: Kernel) -> None:
         load_v(tile.num_steps - 1)
         return first_step + tile.num_steps
 
-    steps = _for_each_tile(kernel, load_tile)
+    steps = for_each_tile(kernel.walk, gmem.assigned, load_tile)
     # Interpret mode wants every phase of a barrier observed by whoever waits on it.
     for stage in range(kernel.config.num_stages):
 
@@ -385,7 +266,7 @@ def _load_q(kernel: Kernel, wg: Any, tile: Tile) -> None:
 def _compute(kernel: Kernel, wg: Any) -> None:
     """A consumer: the results of its queries in every tile."""
     smem = kernel.smem
-    _load_q(kernel, wg, _tile(kernel, _fields(kernel, jnp.int32(0))))
+    _load_q(kernel, wg, first_tile(kernel.walk, kernel.gmem.assigned))
     # The warpgroups' products queue up one after the other: while one is in its softmax the other
     # multiplies. The first one's turn comes first.
     last_wg = kernel.config.num_warpgroups - 1
@@ -409,7 +290,7 @@ def _compute(kernel: Kernel, wg: Any) -> None:
         pl.run_scoped(with_accumulator, plgpu.ACC((WG_ROWS, smem.v.shape[-1]), jnp.float32))
         return step + tile.num_steps
 
-    _for_each_tile(kernel, compute_tile)
+    for_each_tile(kernel.walk, kernel.gmem.assigned, compute_tile)
     pl.when(wg == 0)(lambda: _take_turn(kernel, wg))
     plgpu.wait_smem_to_gmem(0)
 
