@@ -28,8 +28,8 @@ IMPLS = ("ours", "cudnn", "tokamax", "fa4", "flax")
 # GPT-2's smallest model; its vocabulary is rounded up to a multiple of 128.
 SIZES = {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50304}
 
-# Seconds that a process may take.
-LIMIT = 300
+# Seconds that a process may take, its turn for the GPU included.
+LIMIT = 200
 # Which rows say the same thing.
 KEY = ("kind", "impl", "batch", "length")
 
@@ -56,24 +56,28 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 
 def jobs(options: argparse.Namespace) -> tuple[list[Job], list[Job]]:
-    """The steps to measure, the most telling ones first, and the longest contexts to search."""
+    """The steps to measure, the most telling ones first; and what is compiled without being run.
+
+    The second: Flax's own where its T x S scores do not fit, and the searches of contexts.
+    """
     common = {"sizes": {name: getattr(options, name) for name in SIZES}, "steps": options.steps}
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
 
-    def rank(item):
-        place, (impl, (_, length)) = item
-        if impl == "flax":
-            # Where its T x S scores do not fit, only its memory is known.
-            return (1 if length == min(t for _, t in shapes) else 3), length
-        return (0 if impl in ("ours", "cudnn") else 2), place
-
     pairs = [(impl, shape) for shape in shapes for impl in options.impl]
+    shortest = min(length for _, length in shapes)
+    # Sorting keeps the order of what ranks alike.
+    rank = {"ours": 0, "cudnn": 0, "flax": 1}
+    pairs.sort(key=lambda pair: rank.get(pair[0], 2))
     steps = [
         common | {"kind": "step", "impl": impl, "batch": batch, "length": length}
-        for _, (impl, (batch, length)) in sorted(enumerate(pairs), key=rank)
+        for impl, (batch, length) in pairs
     ]
+    measured, compiled = [], []
+    for job in steps:
+        fits = job["impl"] != "flax" or job["length"] == shortest
+        (measured if fits else compiled).append(job)
     longest = [common | {"kind": "longest", "impl": impl} for impl in options.impl]
-    return steps, [] if options.skip_longest else longest
+    return measured, compiled + ([] if options.skip_longest else longest)
 
 
 def start(job: Job, cache: str) -> subprocess.Popen:
@@ -127,11 +131,11 @@ def run(some: list[Job], at_once: int, cache: str, output: pathlib.Path) -> bool
 
 def main(words: list[str] | None = None) -> int:
     options = arguments(words)
-    steps, longest = jobs(options)
+    measured, compiled = jobs(options)
     with tempfile.TemporaryDirectory() as cache:
-        # While one has the GPU, the next starts up. To search a context is to compile only.
-        good = run(steps, 2, cache, options.output)
-        good &= run(longest, len(longest), cache, options.output)
+        # While one has the GPU, the next is ready and the one after it starts up.
+        good = run(measured, 3, cache, options.output)
+        good &= run(compiled, len(compiled), cache, options.output)
     return int(not good)
 
 
