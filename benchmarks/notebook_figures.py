@@ -8,7 +8,6 @@ what fits, and a video. Writes ``benchmarks/results/<device>/notebook_figures.js
 are not asked for stay as they were.
 """
 
-import concurrent.futures
 import json
 import os
 import pathlib
@@ -25,7 +24,8 @@ import jax.numpy as jnp
 
 import pallas_flash as pf
 from benchmarks import cases, peers, record, timing
-from benchmarks.paper_figure import CUBLAS
+from benchmarks.building import Builder
+from benchmarks.paper_figure import CUBLAS, Built
 from notebooks.kernels import hopper_steps, textbook
 from pallas_flash.tuning.table import device_name
 
@@ -55,19 +55,13 @@ class Call(NamedTuple):
     options: dict[str, Any] | None = None
 
 
-def compile_all(calls: dict[Any, Call]) -> dict[Any, concurrent.futures.Future]:
-    """Lowered one after the other, compiled side by side; a future has the call, or its error."""
-    futures: dict[Any, concurrent.futures.Future] = {}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for key, call in calls.items():
-            try:
-                lowered = jax.jit(lambda *x, f=call.function: f(*x)).lower(*call.args)
-                futures[key] = pool.submit(lowered.compile, call.options or {})
-            # Noted in the row of this call.
-            except Exception as error:
-                futures[key] = concurrent.futures.Future()
-                futures[key].set_exception(error)
-    return futures
+def build(builder: Builder, calls: dict[Any, Call]) -> dict[Any, Built]:
+    return {
+        key: builder.submit(
+            partial(jax.jit(lambda *x, f=call.function: f(*x)).lower, *call.args), call.options
+        )
+        for key, call in calls.items()
+    }
 
 
 def both(attention: peers.Attention) -> Callable:
@@ -85,7 +79,7 @@ def error_of(problem: Exception) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def steps() -> Iterator[Row]:
+def steps(builder: Builder) -> Iterator[Row]:
     """The kernel's forms, ours and cuDNN: forward, no mask, 16384 tokens x 2048 channels."""
     for problem in (case(4, 4096, 16, 128), case(4, 4096, 32, 64)):
         data = timing.arrays(problem)
@@ -93,11 +87,11 @@ def steps() -> Iterator[Row]:
         forms = hopper_steps.STEPS | {
             name: peers.PEERS[name].make(problem) for name in ("ours", "cudnn")
         }
-        futures = compile_all({name: Call(form, data[:3]) for name, form in forms.items()})
-        for name, future in futures.items():
+        builds = build(builder, {name: Call(form, data[:3]) for name, form in forms.items()})
+        for name, built in builds.items():
             row = {"case": str(problem), "head_dim": problem.head_dim, "impl": name}
             try:
-                out, spread = timing.gpu_ms(future.result(), *data[:3], iterations=2 * ITERATIONS)
+                out, spread = timing.gpu_ms(built(), *data[:3], iterations=2 * ITERATIONS)
             except Exception as error:
                 yield row | {"error": error_of(error)}
                 continue
@@ -127,7 +121,7 @@ def masks_of(problem: cases.Case) -> dict[str, pf.Mask | None]:
     }
 
 
-def masks() -> Iterator[Row]:
+def masks(builder: Builder) -> Iterator[Row]:
     """One case under many masks, with the share of 128 x 128 blocks that each visits."""
     problem = case(2, 8192, 16, 128)
     length, data = problem.q_len, timing.arrays(problem)
@@ -139,7 +133,7 @@ def masks() -> Iterator[Row]:
 
         calls[name, "fwd"] = Call(attention, data[:3])
         calls[name, "fwd_bwd"] = Call(both(attention), data)
-    futures = compile_all(calls)
+    builds = build(builder, calls)
     for name, mask in chosen.items():
         blocks = {"block_q": 128, "block_kv": 128}
         picture = "#" if mask is None else mask.show(length, length, **blocks)
@@ -149,7 +143,7 @@ def masks() -> Iterator[Row]:
         row["backend"] = next(x for x, reason in reasons.items() if reason is None)
         for direction in ("fwd", "fwd_bwd"):
             args = calls[name, direction].args
-            call = futures[name, direction].result()
+            call = builds[name, direction]()
             _, spread = timing.gpu_ms(call, *args, iterations=ITERATIONS)
             row[f"{direction}_ms"] = round(spread.median, 5)
         yield row
@@ -165,7 +159,7 @@ VIDEO = 60 * 24 * 256
 LONGEST_WITH_GRADIENT = VIDEO
 
 
-def lengths() -> Iterator[Row]:
+def lengths(builder: Builder) -> Iterator[Row]:
     """Causal attention of one long row, and a video without a mask; memory as XLA plans it."""
     rows = [(name, case(1, n, 8, 128, causal=True)) for n in LENGTHS for name in LONG_FORMS]
     rows = [(name, p) for name, p in rows if name == "ours" or p.q_len <= LONGEST_STANDARD]
@@ -176,14 +170,14 @@ def lengths() -> Iterator[Row]:
         calls[name, problem, "fwd"] = Call(attention, problem.structs[:3], options)
         if problem.q_len <= LONGEST_WITH_GRADIENT:
             calls[name, problem, "fwd_bwd"] = Call(both(attention), problem.structs, options)
-    futures = compile_all(calls)
+    builds = build(builder, calls)
     for name, problem in rows:
         row: Row = {"case": str(problem), "length": problem.q_len, "impl": name}
         data = timing.arrays(problem)
         for direction in ("fwd", "fwd_bwd"):
-            if future := futures.get((name, problem, direction)):
+            if built := builds.get((name, problem, direction)):
                 args = data if direction == "fwd_bwd" else data[:3]
-                row |= {f"{direction}_{key}": x for key, x in long_call(future, args).items()}
+                row |= {f"{direction}_{key}": x for key, x in long_call(built, args).items()}
             if f"{direction}_ms" in row:
                 flops = problem.flops[direction] / row[f"{direction}_ms"]
                 row[f"{direction}_tflops"] = round(flops / 1e9, 1)
@@ -196,16 +190,17 @@ LONG_FORMS: dict[str, Callable[[cases.Case], peers.Attention]] = {
 }
 
 
-def long_call(future: concurrent.futures.Future, args: list[jax.Array]) -> Row:
+def long_call(built: Built, args: list[jax.Array]) -> Row:
     """Time and planned memory of one call, or its error."""
     row: Row = {}
     try:
-        plan = future.result().memory_analysis()
+        call = built()
+        plan = call.memory_analysis()
         # What is held beside the arguments and the results.
         row["temp_bytes"] = plan.temp_size_in_bytes
         others = plan.argument_size_in_bytes + plan.output_size_in_bytes
         row["total_bytes"] = plan.temp_size_in_bytes + others
-        _, spread = timing.gpu_ms(future.result(), *args, iterations=2)
+        _, spread = timing.gpu_ms(call, *args, iterations=2)
     except Exception as error:
         return row | {"error": error_of(error)}
     return row | {"ms": round(spread.median, 5)}
@@ -219,16 +214,17 @@ def main(words: list[str] | None = None) -> int:
     device = jax.devices()[0].device_kind
     path: pathlib.Path = record.RESULTS / device_name(device) / "notebook_figures.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    for name in asked:
-        rows = []
-        for row in PARTS[name]():
-            rows.append(row | {"commit": record.commit(), "date": record.today()})
-            print(json.dumps(row), flush=True)
-            result |= {"device": device, "jax": jax.__version__, name: rows}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # A row a line: a file that is read in a diff.
-            text = json.dumps(result).replace("[{", "[\n  {").replace("}, {", "},\n  {")
-            path.write_text(text + "\n")
+    with Builder() as builder:
+        for name in asked:
+            rows = []
+            for row in PARTS[name](builder):
+                rows.append(row | {"commit": record.commit(), "date": record.today()})
+                print(json.dumps(row), flush=True)
+                result |= {"device": device, "jax": jax.__version__, name: rows}
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # A row a line: a file that is read in a diff.
+                text = json.dumps(result).replace("[{", "[\n  {").replace("}, {", "},\n  {")
+                path.write_text(text + "\n")
     print(f"written to {path}")
     return 0
 

@@ -9,14 +9,13 @@ ours and cuDNN: forward, and forward+backward, at head_dim 64 and 128, causal an
 """
 
 import argparse
-import concurrent.futures
 import functools
 import gc
-import itertools
 import os
 import pathlib
 import re
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 # Before jax is imported: as in `benchmarks.run`.
@@ -26,14 +25,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 
 from benchmarks import peers, record, timing
+from benchmarks.building import Builder
 from benchmarks.cases import SUITES, Case
 from notebooks.kernels import textbook
 from pallas_flash.tuning.table import device_name
 
 FORMS = textbook.FORMS
 IMPLEMENTATIONS = (*FORMS, "ours", "cudnn")
-# Cases that are compiled together.
-TOGETHER = 6
 # The matrix products of standard attention are XLA's. Without a search for tiles its own are slow;
 # cuBLAS needs none.
 CUBLAS = {"xla_gpu_enable_triton_gemm": False}
@@ -49,8 +47,8 @@ def attention(name: str, case: Case) -> peers.Attention:
     return peers.PEERS[name].make(case)
 
 
-def lower(name: str, case: Case) -> dict[str, Any]:
-    """The two calls that are timed, lowered."""
+def lower(name: str, case: Case, direction: str) -> Any:
+    """A call that is timed, lowered: "fwd" of q, k, v or "fwd_bwd" of q, k, v, dout."""
     function = attention(name, case)
 
     def fwd(q, k, v):
@@ -60,37 +58,51 @@ def lower(name: str, case: Case) -> dict[str, Any]:
         out, vjp = jax.vjp(function, q, k, v)
         return out, *vjp(dout)
 
-    *qkv, _ = case.structs
-    return {"fwd": jax.jit(fwd).lower(*qkv), "fwd_bwd": jax.jit(fwd_bwd).lower(*case.structs)}
+    if direction == "fwd":
+        return jax.jit(fwd).lower(*case.structs[:3])
+    return jax.jit(fwd_bwd).lower(*case.structs)
 
 
-def build(batch: tuple[Case, ...]) -> dict[tuple[Case, str], dict[str, Any]]:
-    """Lowered one after the other, compiled side by side: futures of the compiled calls."""
-    builds = {}
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for case, name in itertools.product(batch, IMPLEMENTATIONS):
-            options = CUBLAS if name == "standard" else {}
-            try:
-                calls = lower(name, case)
-            # Each refuses in its own way; the others are measured all the same.
-            except Exception as error:
-                refused: concurrent.futures.Future = concurrent.futures.Future()
-                refused.set_exception(error)
-                builds[case, name] = {"fwd": refused, "fwd_bwd": refused}
-                continue
-            builds[case, name] = {d: pool.submit(x.compile, options) for d, x in calls.items()}
-    return builds
+# Waits for a compiled program.
+Built = Callable[[], Any]
 
 
-def measure(name: str, case: Case, calls: dict[str, Any], iterations: int) -> dict[str, Any]:
-    """One row; a call that fails (out of memory, say) leaves its error in it."""
-    row: dict[str, Any] = {**vars(case), "impl": name}
-    row |= {"commit": record.commit(), "date": record.today()}
-    data = timing.arrays(case)
+def build(case: Case, builder: Builder) -> dict[str, Any]:
+    """The programs of a case: "arrays", "reference" and by implementation its two calls."""
+    reference = jax.jit(lambda *data: timing.reference(case, list(data)))
+    programs: dict[str, Any] = {
+        "arrays": builder.submit(lambda: timing.arrays.lower(case)),
+        "reference": builder.submit(lambda: reference.lower(*case.structs)),
+    }
+    for name in IMPLEMENTATIONS:
+        options = CUBLAS if name == "standard" else None
+        programs[name] = {
+            direction: builder.submit(functools.partial(lower, name, case, direction), options)
+            for direction in ("fwd", "fwd_bwd")
+        }
+    return programs
+
+
+def measure_case(case: Case, programs: dict[str, Any], iterations: int) -> Iterable[dict[str, Any]]:
+    """A row for each implementation."""
+    data = programs["arrays"]()()
+    truth = programs["reference"]()(*data)
+    for name in IMPLEMENTATIONS:
+        row: dict[str, Any] = {**vars(case), "impl": name}
+        row |= {"commit": record.commit(), "date": record.today()}
+        yield row | measure(case, programs[name], data, truth, iterations)
+        gc.collect()
+
+
+def measure(
+    case: Case, calls: dict[str, Built], data: list[jax.Array], truth: Any, iterations: int
+) -> dict[str, Any]:
+    """Times and errors; a call that fails (out of memory, say) leaves its error in them."""
+    row: dict[str, Any] = {}
     for direction, call in calls.items():
         args = data if direction == "fwd_bwd" else data[:3]
         try:
-            out, spread = timing.gpu_ms(call.result(), *args, iterations=iterations)
+            out, spread = timing.gpu_ms(call(), *args, iterations=iterations)
         except Exception as error:
             row[f"{direction}_error"] = f"{type(error).__name__}: {error}"[:300]
             continue
@@ -98,7 +110,7 @@ def measure(name: str, case: Case, calls: dict[str, Any], iterations: int) -> di
         row[f"{direction}_ms_range"] = [round(spread.low, 5), round(spread.high, 5)]
         row[f"{direction}_tflops"] = round(case.flops[direction] / spread.median / 1e9, 1)
         if direction == "fwd_bwd":
-            row["rel_err"] = timing.relative_errors(case, out, timing.reference(case, data))
+            row["rel_err"] = timing.relative_errors(case, out, truth)
         del out
     return row
 
@@ -124,13 +136,15 @@ def main(words: list[str] | None = None) -> int:
         "iterations": options.iterations,
     }
     chosen = [case for case in cases() if re.search(options.only, str(case))]
-    for batch in itertools.batched(chosen, TOGETHER):
-        for (case, name), calls in build(batch).items():
-            row = measure(name, case, calls, options.iterations)
-            record.write(path, header, [row])
-            shown = [row.get(f"{d}_tflops", row.get(f"{d}_error", "")) for d in calls]
-            print(f"{case!s:42} {name:9}", *(str(x)[:60] for x in shown), row.get("rel_err", ""))
-            gc.collect()
+    with Builder() as builder:
+        # Later cases are built while earlier ones are measured.
+        for case, programs in [(case, build(case, builder)) for case in chosen]:
+            for row in measure_case(case, programs, options.iterations):
+                record.write(path, header, [row])
+                directions = ("fwd", "fwd_bwd")
+                shown = [row.get(f"{d}_tflops", row.get(f"{d}_error", "")) for d in directions]
+                words = [str(x)[:60] for x in (*shown, row.get("rel_err", ""))]
+                print(f"{case!s:42} {row['impl']:9}", *words, flush=True)
     print(f"written to {path}")
     return 0
 

@@ -72,7 +72,8 @@ def jobs(options: argparse.Namespace) -> tuple[list[Job], list[Job]]:
         common | {"kind": "step", "impl": impl, "batch": batch, "length": length}
         for impl, (batch, length) in pairs
     ]
-    measured, compiled = [], []
+    measured: list[Job] = []
+    compiled: list[Job] = []
     for job in steps:
         fits = job["impl"] != "flax" or job["length"] == shortest
         (measured if fits else compiled).append(job)

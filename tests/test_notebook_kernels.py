@@ -11,6 +11,7 @@ import pytest
 
 import pallas_flash as pf
 from benchmarks import cases, notebook_figures, paper_figure, record, timing
+from benchmarks.building import Builder
 from conftest import normal
 from interpreted import interpreted, with_races
 from notebooks import figures
@@ -142,7 +143,8 @@ def test_notebook_figures_are_measured_and_drawn(on_cpu, capsys, monkeypatch):
 def test_steps_are_measured_with_their_errors(on_cpu, capsys, monkeypatch):
     forms = {"right": lambda q, k, v: textbook.standard(q, k, v, causal=False), "wrong": None}
     monkeypatch.setattr(hopper_steps, "STEPS", forms)
-    rows = {row["impl"]: row for row in notebook_figures.steps()}
+    with Builder() as builder:
+        rows = {row["impl"]: row for row in notebook_figures.steps(builder)}
     assert rows["right"]["rel_err"] < 0.02 and rows["ours"]["rel_err"] < 0.02
     assert "TypeError" in rows["wrong"]["error"]
 
