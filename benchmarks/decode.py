@@ -8,14 +8,13 @@ bound by memory: what counts is the share of the bandwidth that a copy has in th
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
-import functools
 import os
 import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 # Before jax is imported. Kernels of attention are measured, not XLA's choice of tiles.
@@ -28,6 +27,7 @@ import numpy as np
 
 import pallas_flash as pf
 from benchmarks import record, timing
+from benchmarks.building import Builder
 from pallas_flash.tuning.table import device_name
 
 PAGE_SIZE = 64
@@ -119,8 +119,8 @@ def _jax_nn(implementation: str, q: jax.Array, cache: pf.KVCache) -> jax.Array:
 IMPLS: dict[str, tuple[Attention, Callable[[pf.KVCache], Any]]] = {
     "ours": (pf.decode_attention, lambda cache: cache),
     "ours-paged": (pf.decode_attention, paged),
-    "cudnn": (functools.partial(_jax_nn, "cudnn"), lambda cache: cache),
-    "xla": (functools.partial(_jax_nn, "xla"), lambda cache: cache),
+    "cudnn": (partial(_jax_nn, "cudnn"), lambda cache: cache),
+    "xla": (partial(_jax_nn, "xla"), lambda cache: cache),
 }
 
 
@@ -164,27 +164,17 @@ def lower(case: Case, impl: str) -> Any:
 
 
 def measure(
-    case: Case, impls: list[str], copy_gb_s: float, iterations: int
+    case: Case, builds: dict[str, Callable[[], Any]], copy_gb_s: float, iterations: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each implementation."""
-    builds: dict[str, Any] = {}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for impl in impls:
-            try:
-                builds[impl] = pool.submit(lower(case, impl).compile)
-            # Anything: each refuses in its own way, the others are measured all the same.
-            except Exception as error:
-                builds[impl] = error
-        contiguous, q = case.cache(), case.queries()
-        truth = reference(q, contiguous)
+    """A row for each implementation; what does not build or run leaves its error there."""
+    contiguous, q = case.cache(), case.queries()
+    truth = reference(q, contiguous)
     for impl, build in builds.items():
         row = {"case": str(case), **vars(case), "impl": impl, "commit": record.commit()}
         row |= {"date": record.today(), "bytes": case.bytes}
         try:
-            if isinstance(build, Exception):
-                raise build
-            cache = IMPLS[impl][1](contiguous)
-            out, spread = timing.gpu_ms(build.result(), q, cache, iterations=iterations)
+            call, cache = build(), IMPLS[impl][1](contiguous)
+            out, spread = timing.gpu_ms(call, q, cache, iterations=iterations)
             gb_s = case.bytes / spread.median / 1e6
             row |= {
                 "ms": round(spread.median, 5),
@@ -193,6 +183,7 @@ def measure(
                 "share_of_copy": round(gb_s / copy_gb_s, 4),
                 "rel_err": relative_error(out, truth),
             }
+        # Anything: each refuses in its own way, the others are measured all the same.
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}"[:300]
         yield row
@@ -237,6 +228,15 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     return chosen
 
 
+def _words(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return row["error"].split("\n")[0][:90]
+    return (
+        f"{row['ms']:9.4f} ms {row['gb_s']:7.1f} GB/s {row['share_of_copy']:6.3f} of a copy, "
+        f"error {row['rel_err']:.1e}"
+    )
+
+
 def main(words: list[str] | None = None) -> int:
     options = arguments(words)
     if options.dry:
@@ -255,17 +255,17 @@ def main(words: list[str] | None = None) -> int:
     }
     print(f"{device}: a copy reads and writes {header['copy_gb_s']} GB/s")
     failed = False
-    for case in options.cases:
-        for row in measure(case, options.impl, header["copy_gb_s"], options.iterations):
-            record.write(path, header, [row], KEY)
-            failed |= "error" in row and row["impl"].startswith("ours")
-            result = row.get("error", "").split("\n")[0][:90]
-            if not result:
-                result = (
-                    f"{row['ms']:9.4f} ms {row['gb_s']:7.1f} GB/s {row['share_of_copy']:6.3f} of a "
-                    f"copy, error {row['rel_err']:.1e}"
-                )
-            print(f"{case!s:42} {row['impl']:10} {result}", flush=True)
+    with Builder() as builder:
+        # Later cases are built while earlier ones are measured.
+        builds = {
+            case: {impl: builder.submit(partial(lower, case, impl)) for impl in options.impl}
+            for case in options.cases
+        }
+        for case, programs in builds.items():
+            for row in measure(case, programs, header["copy_gb_s"], options.iterations):
+                record.write(path, header, [row], KEY)
+                failed |= "error" in row and row["impl"].startswith("ours")
+                print(f"{case!s:42} {row['impl']:10} {_words(row)}", flush=True)
     print(f"written to {path}")
     return int(failed)
 

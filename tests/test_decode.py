@@ -330,8 +330,26 @@ def test_a_shared_page_is_free_when_the_last_row_lets_it_go():
         cache, block_tables=cache.block_tables.at[1, 0].set(cache.block_tables[0, 0])
     )
     assert cache.num_free_pages == 3
-    assert cache.release(0).num_free_pages == 3
+    # Released twice it is still the other row's.
+    assert cache.release(0).release(0).num_free_pages == 3
     assert cache.release(0).release(1).num_free_pages == 4
+
+
+def test_a_shared_page_is_not_written_to():
+    cache = pf.PagedKVCache.create(2, 16, 1, 8, jnp.float32, num_pages=4, page_size=4)
+    cache = cache.reserve(np.array([8, 0]))
+    prefix = jnp.ones((2, 4, 1, 8))
+    cache = cache.append(prefix, prefix, np.array([4, 0]))
+    tables = cache.block_tables.at[1, 0].set(cache.block_tables[0, 0])
+    shared = dataclasses.replace(cache, block_tables=tables, lengths=jnp.array([4, 4]))
+    token = jnp.ones((2, 1, 1, 8))
+    # Behind the common prefix each row writes to its own page.
+    grown = shared.reserve(np.array([8, 8])).append(token, token)
+    np.testing.assert_array_equal(grown.lengths, [5, 5])
+    within = dataclasses.replace(shared, lengths=jnp.array([4, 3]))
+    with pytest.raises(ValueError, match="row 1 would write to page 0, which other rows name too"):
+        within.append(token, token, np.array([0, 1]))
+    np.testing.assert_array_equal(within.append(token, token, np.array([1, 0])).lengths, [5, 3])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -423,6 +441,7 @@ BAD_CALLS = {
         lambda cache, q: cache.append(sequences()[1][:, 0], sequences()[2][:, 0])
     ),
     r"counts=.* must be from 0 to \[40 23  1\]": lambda cache, q: cache.rewind(2),
+    r"rows=\[1 3\] must be from 0 to 2": lambda cache, q: cache.release(np.array([1, 3])),
 }
 
 
@@ -440,6 +459,8 @@ def test_other_errors():
         pf.decode_attention(q, (k, v))
     with pytest.raises(ValueError, match="window=0 must be an integer of at least 1"):
         contiguous(window=0)
+    sizes = np.array([2, 40, 2, 16])
+    assert pf.KVCache.create(*sizes, jnp.float32).k.shape == (2, 40, 2, 16)
     with pytest.raises(ValueError, match="lengths=41 must be from 0 to 40"):
         paged().reserve(41)
 

@@ -74,8 +74,9 @@ class KVCache:
             jnp.zeros((batch, slots, num_kv_heads, head_dim), dtype),
             jnp.zeros((batch, slots, num_kv_heads, value_dim), dtype),
             jnp.zeros(batch, jnp.int32),
-            max_len,
-            window,
+            # Not NumPy's: they would carry their dtype into lengths.
+            int(max_len),
+            None if window is None else int(window),
         )
 
     @property

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_flash.decoding import rows
 
@@ -138,8 +139,8 @@ class PagedKVCache:
     def append(self, k: jax.Array, v: jax.Array, lengths: Any = None) -> "PagedKVCache":
         """The cache with new tokens behind those of each row, on pages that are reserved.
 
-        A page that several rows share must not be written to: reserve so that new tokens begin on
-        a page of the row's own.
+        A page that several rows share must not be written to: let new tokens begin on a page of the
+        row's own. In `jit`, where tables are not known, nobody checks that.
 
         Args:
           k: [B, T, Hkv, D] of the cache's dtype.
@@ -149,11 +150,14 @@ class PagedKVCache:
 
         Raises:
           ValueError: if shapes or dtypes do not fit the cache, or, outside of `jit`, if lengths are
-            not in 0..T, a row would grow beyond max_len, or a token has no page.
+            not in 0..T, a row would grow beyond max_len, or a token has no page, or one that other
+            rows name too.
         """
         rows.check_new_tokens(k, v, self.k_pages, self.v_pages)
         count = rows.check_counts(lengths, "lengths", *k.shape[:2])
         rows.check_room(self.lengths, count, self.max_len)
+        if numbers := rows.known(self.block_tables, self.lengths, count):
+            _check_own_pages(self.page_size, *numbers)
         cache, is_lost = _append(self, k, v, count)
         if (numbers := rows.known(is_lost)) and numbers[0].any():
             row = int(numbers[0].argmax())
@@ -183,6 +187,23 @@ class PagedKVCache:
         """k, v [B, slots, ...] copied together, and the position of the first slot, 0: [B]."""
         k, v, _ = self.read(0, self.num_slots)
         return k, v, jnp.zeros_like(self.lengths)
+
+
+def _check_own_pages(
+    page_size: int, tables: np.ndarray, lengths: np.ndarray, counts: np.ndarray
+) -> None:
+    """Refuses new tokens on a page that is named twice."""
+    pages, times = np.unique(tables[tables >= 0], return_counts=True)
+    shared = pages[times > 1]
+    first = np.arange(tables.shape[1]) * page_size
+    is_written = (first < (lengths + counts)[:, None]) & (first + page_size > lengths[:, None])
+    is_bad = is_written & (counts > 0)[:, None] & np.isin(tables, shared)
+    if is_bad.any():
+        row, index = np.argwhere(is_bad)[0]
+        raise ValueError(
+            f"row {row} would write to page {tables[row, index]}, which other rows name too: give "
+            "it a page of its own before"
+        )
 
 
 @jax.jit

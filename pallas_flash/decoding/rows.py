@@ -14,9 +14,9 @@ def known(*arrays: Any) -> list[np.ndarray] | None:
     return [np.asarray(x) for x in arrays]
 
 
-def check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: Any) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int | np.integer) or size < 1:
             raise ValueError(f"{name}={size!r} must be an integer of at least 1")
 
 
@@ -82,9 +82,15 @@ def rewound(cache: Any, counts: Any, limit: jax.Array) -> jax.Array:
 
 
 def selected(which: Any, batch: int) -> jax.Array:
-    """[B] bool: which rows are meant, by their numbers or by [B] bool."""
+    """[B] bool: which rows are meant, by their numbers or by [B] bool.
+
+    Traced numbers of rows that do not exist mean none.
+    """
     which = jnp.asarray(which)
     if which.dtype != bool:
+        if (numbers := known(which)) and ((numbers[0] < 0) | (numbers[0] >= batch)).any():
+            raise ValueError(f"rows={numbers[0]} must be from 0 to {batch - 1}")
+        which = jnp.where(which < 0, batch, which)
         return jnp.zeros(batch, bool).at[which].set(True)
     if which.shape != (batch,):
         raise ValueError(f"rows must be their numbers or [{batch}] bool, got {which.shape} bool")
