@@ -31,6 +31,21 @@ def cell(row: Row | None) -> str:
     return "fails"
 
 
+def beside_the_best(rows: dict[tuple, Row], shapes: list[tuple[int, int]]) -> str:
+    """Ours as a share of the fastest other in tokens per second, for each shape that has both."""
+    shares = []
+    for batch, length in shapes:
+        speeds = {
+            impl: rows.get(("step", impl, batch, length), {}).get("tokens_per_s") for impl in TITLES
+        }
+        ours = speeds.pop("ours")
+        best = max((impl for impl in speeds if speeds[impl]), key=speeds.__getitem__, default=None)
+        if ours and best:
+            share = ours / speeds[best]
+            shares.append(f"**{share:.2f}** at {batch} x {length} ({TITLES[best]})")
+    return f"pallas_flash : the fastest other is {', '.join(shares)}.\n\n" if shares else ""
+
+
 def device_part(result: Row) -> str:
     """One device's words and table."""
     rows = {(row["kind"], row["impl"], row["batch"], row["length"]): row for row in result["rows"]}
@@ -53,6 +68,7 @@ def device_part(result: Row) -> str:
         "batch x length as in the heading; only the attention differs. Tokens per second (median "
         f"of {result['steps']} steps), and the memory of the compiled step; the longest context "
         f"of batch 1 that fits in {result['budget_gb']:.0f} GB, by the same measure.\n\n"
+        + beside_the_best(rows, shapes)
         + "\n".join(lines)
         + "\n\n`python -m benchmarks.train_step` measures anew."
     )

@@ -107,6 +107,10 @@ def made_up(path):
     rows = [
         {"kind": "step", "impl": "ours", "batch": 1, "length": 32768, "tokens_per_s": 300000,
          "peak_gb": 18.96, "commit": "abc"},
+        {"kind": "step", "impl": "cudnn", "batch": 1, "length": 32768, "tokens_per_s": 250000,
+         "peak_gb": 18.96, "commit": "abc"},
+        {"kind": "step", "impl": "tokamax", "batch": 1, "length": 32768, "tokens_per_s": 240000,
+         "peak_gb": 18.96, "commit": "abc"},
         {"kind": "step", "impl": "flax", "batch": 1, "length": 32768, "peak_gb": 140.2,
          "error": "needs 140.2 GB", "commit": "abc"},
         {"kind": "longest", "impl": "ours", "batch": None, "length": None, "longest": 131072,
@@ -125,7 +129,10 @@ def test_table_says_what_the_file_says(tmp_path):
     assert "| attention | 1 x 32768 | longest context |" in text
     assert "| pallas_flash | 300,000, 19.0 GB | 131,072 |" in text
     assert "| Flax's own | needs 140 GB | not measured |" in text
-    assert "cuDNN |" not in text
+    assert "fa4-jax |" not in text
+    assert (
+        "pallas_flash : the fastest other is **1.20** at 1 x 32768 (`jax.nn` with cuDNN)." in text
+    )
 
 
 def test_readme_says_what_the_result_files_say():
