@@ -36,13 +36,13 @@ def beside_the_best(rows: dict[tuple, Row], shapes: list[tuple[int, int]]) -> st
     shares = []
     for batch, length in shapes:
         speeds = {
-            impl: rows.get(("step", impl, batch, length), {}).get("tokens_per_s") for impl in TITLES
+            impl: rows.get(("step", impl, batch, length), {}).get("tokens_per_s", 0)
+            for impl in TITLES
         }
         ours = speeds.pop("ours")
-        best = max((impl for impl in speeds if speeds[impl]), key=speeds.__getitem__, default=None)
-        if ours and best:
-            share = ours / speeds[best]
-            shares.append(f"**{share:.2f}** at {batch} x {length} ({TITLES[best]})")
+        speed, best = max((speed, impl) for impl, speed in speeds.items())
+        if ours and speed:
+            shares.append(f"**{ours / speed:.2f}** at {batch} x {length} ({TITLES[best]})")
     return f"pallas_flash : the fastest other is {', '.join(shares)}.\n\n" if shares else ""
 
 
