@@ -1,6 +1,7 @@
 """The Hopper forward: its lowering for CUDA without a GPU, and what the backend refuses."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,20 @@ def lowers(operands, **changes) -> bool:
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_default_config_lowers_for_cuda(head_dim, mask, dtype):
     assert lowers(described(head_dim, head_dim, mask, dtype))
+
+
+def test_xla_cannot_run_the_kernels_of_a_scan_twice():
+    def layer(x, _):
+        return x + pf.dot_product_attention(x, x, x, mask=pf.Causal()), None
+
+    gradient = jax.jit(jax.grad(lambda x: jax.lax.scan(layer, x, length=3)[0].sum()))
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.bfloat16)
+    text = gradient.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = re.findall(r"(%\w+):\d+ = stablehlo.custom_call @mosaic_gpu_v2", text)
+    barriers = re.findall(r"optimization_barrier (.*) :", text)
+    assert len(kernels) == len(barriers) == 2
+    for kernel, barrier in zip(kernels, barriers, strict=True):
+        assert f"{kernel}#0" in barrier
 
 
 @pytest.mark.parametrize("head_dim", [d for d in range(16, 257, 8) if d not in DIMS])
