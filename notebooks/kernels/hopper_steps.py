@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 from jax import lax
 
 from .tiles import (
@@ -34,6 +35,8 @@ BLOCK_KV = 128
 # Blocks of keys and of values that are on their way at the same time.
 STAGES = 2
 CONSUMERS = 2
+# Where it stands: no use of the value is moved in front of it, or behind what follows.
+in_order = lax.optimization_barrier
 
 
 def attend(q_smem: Any, k_smem: Any, v_smem: Any, p_smem: Any, state: State) -> State:
@@ -201,6 +204,18 @@ def produce(k_gmem: Any, v_gmem: Any, smem: Any, bars: Any, steps: int) -> None:
         plgpu.barrier_wait(bars["v_free"].at[stage])
 
 
+def turns(bars: Any, wg: Any) -> tuple[Any, Any]:
+    """What waits for a consumer's turn with the matrix units, and what passes it to the other."""
+
+    def wait():
+        plgpu.barrier_wait(bars["turn"].at[wg])
+
+    def give():
+        plgpu.barrier_arrive(bars["turn"].at[CONSUMERS - 1 - wg])
+
+    return wait, give
+
+
 def consume_in_order(smem: Any, bars: Any, wg: Any, steps: int, takes_turns: bool) -> Any:
     """A consumer's result; with turns, one multiplies while the other is in its softmax.
 
@@ -208,15 +223,7 @@ def consume_in_order(smem: Any, bars: Any, wg: Any, steps: int, takes_turns: boo
     """
     q_smem, p_smem = smem["q"].at[wg], smem["p"].at[wg]
     scale = q_smem.shape[1] ** -0.5
-    other = CONSUMERS - 1 - wg
-
-    def wait_for_turn():
-        if takes_turns:
-            plgpu.barrier_wait(bars["turn"].at[wg])
-
-    def pass_turn():
-        if takes_turns:
-            plgpu.barrier_arrive(bars["turn"].at[other])
+    wait_for_turn, pass_turn = turns(bars, wg) if takes_turns else (lambda: None, lambda: None)
 
     def step(i, state):
         stage = lax.rem(i, STAGES)
@@ -253,48 +260,58 @@ def in_turns(q: Any, k: Any, v: Any) -> Any:
 
 
 def consume_overlapped(smem: Any, bars: Any, wg: Any, steps: int) -> Any:
-    """A consumer's result; the scores of the next block are computed during this one's softmax."""
-    q_smem, p_smem = smem["q"].at[wg], smem["p"].at[wg]
+    """A consumer's result; the product of one block runs during the softmax of the next.
+
+    p waits in registers for its product, and o stays in its accumulator and is rescaled there.
+    """
+    q_smem = smem["q"].at[wg]
     head_dim = q_smem.shape[1]
+    wait_for_turn, pass_turn = turns(bars, wg)
 
-    def softmax(s, m_log2, l):
-        return online_softmax(s, m_log2, l, head_dim**-0.5)
+    def first_step(start):
+        plgpu.barrier_wait(bars["k"].at[0])
+        wait_for_turn()
+        s = product(q_smem, smem["k"].at[0].transpose((1, 0)), meanwhile=pass_turn)
+        plgpu.barrier_arrive(bars["k_free"].at[0])
+        p, m_log2, l, _ = online_softmax(s, start.m_log2, start.l, head_dim**-0.5)
+        return m_log2, l, p.astype(jnp.bfloat16)
 
-    def put(p):
-        p_smem[...] = p.astype(p_smem.dtype)
-        plgpu.commit_smem()
-
-    def step(i, state):
+    def step(i, state, o_acc):
+        m_log2, l, p = state
         k_stage, v_stage = lax.rem(i, STAGES), lax.rem(i - 1, STAGES)
 
-        def two_products(s_acc, pv_acc):
+        def two_products(s_acc):
             plgpu.barrier_wait(bars["k"].at[k_stage])
+            wait_for_turn()
             plgpu.wgmma(s_acc, q_smem, smem["k"].at[k_stage].transpose((1, 0)))
             plgpu.barrier_wait(bars["v"].at[v_stage])
-            plgpu.wgmma(pv_acc, p_smem, smem["v"].at[v_stage])
+            plgpu.wgmma(o_acc, p, smem["v"].at[v_stage])
+            pass_turn()
             # The scores are there; the other product goes on while their softmax is computed.
-            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+            s = in_order(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
             plgpu.barrier_arrive(bars["k_free"].at[k_stage])
-            p, m_log2, l, alpha = lax.optimization_barrier(softmax(s, state.m_log2, state.l))
-            o = state.o + plgpu.wgmma_accumulator_load(pv_acc, wait_n=0)
+            new_p, new_m, new_l, alpha = in_order(online_softmax(s, m_log2, l, head_dim**-0.5))
+            o = in_order(plgpu.wgmma_accumulator_load(o_acc, wait_n=0))
             plgpu.barrier_arrive(bars["v_free"].at[v_stage])
-            put(p)
-            return State(m_log2, l, o * per_row(alpha, o))
+            o_acc[...] = o * per_row(alpha, o)
+            # Cast behind the wait: until then the product reads the registers of the last p.
+            return new_m, new_l, new_p.astype(jnp.bfloat16)
 
-        accumulators = plgpu.ACC((ROWS, BLOCK_KV)), plgpu.ACC((ROWS, head_dim))
-        return pl.run_scoped(two_products, *accumulators)
+        return pl.run_scoped(two_products, plgpu.ACC((ROWS, BLOCK_KV)))
 
-    start, first, last = empty_state(head_dim), 0, (steps - 1) % STAGES
-    plgpu.barrier_wait(bars["k"].at[first])
-    s = product(q_smem, smem["k"].at[first].transpose((1, 0)))
-    plgpu.barrier_arrive(bars["k_free"].at[first])
-    p, m_log2, l, _ = softmax(s, start.m_log2, start.l)
-    put(p)
-    state = lax.fori_loop(1, steps, step, State(m_log2, l, start.o))
-    plgpu.barrier_wait(bars["v"].at[last])
-    o = state.o + product(p_smem, smem["v"].at[last])
-    plgpu.barrier_arrive(bars["v_free"].at[last])
-    return divided(state._replace(o=o))
+    def with_accumulator(o_acc):
+        pl.when(wg == 1)(pass_turn)
+        state = first_step(empty_state(head_dim))
+        m_log2, l, p = lax.fori_loop(1, steps, partial(step, o_acc=o_acc), state)
+        last = (steps - 1) % STAGES
+        plgpu.barrier_wait(bars["v"].at[last])
+        plgpu.wgmma(o_acc, p, smem["v"].at[last])
+        o = plgpu.wgmma_accumulator_load(o_acc, wait_n=0)
+        plgpu.barrier_arrive(bars["v_free"].at[last])
+        pl.when(wg == 0)(wait_for_turn)
+        return divided(State(m_log2, l, o))
+
+    return pl.run_scoped(with_accumulator, plgpu.ACC((ROWS, head_dim)))
 
 
 def overlapped(q: Any, k: Any, v: Any) -> Any:
