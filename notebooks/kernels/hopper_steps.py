@@ -1,4 +1,4 @@
-"""A Hopper forward grown step by step: each function is a whole kernel, faster than the one before.
+"""A Hopper forward grown step by step: each function is a whole kernel with one idea more.
 
 All compute softmax(q k' / sqrt(head_dim)) v without a mask, for q, k, v
 [batch, length, heads, head_dim] bfloat16 with lengths that are multiples of 128 and a head_dim of
@@ -260,10 +260,57 @@ def in_turns(q: Any, k: Any, v: Any) -> Any:
 
 
 def consume_overlapped(smem: Any, bars: Any, wg: Any, steps: int) -> Any:
-    """A consumer's result; the product of one block runs during the softmax of the next.
+    """A consumer's result; the scores of the next block are computed during this one's softmax."""
+    q_smem, p_smem = smem["q"].at[wg], smem["p"].at[wg]
+    head_dim = q_smem.shape[1]
 
-    p waits in registers for its product, and o stays in its accumulator and is rescaled there.
-    """
+    def softmax(s, m_log2, l):
+        return online_softmax(s, m_log2, l, head_dim**-0.5)
+
+    def put(p):
+        p_smem[...] = p.astype(p_smem.dtype)
+        plgpu.commit_smem()
+
+    def step(i, state):
+        k_stage, v_stage = lax.rem(i, STAGES), lax.rem(i - 1, STAGES)
+
+        def two_products(s_acc, pv_acc):
+            plgpu.barrier_wait(bars["k"].at[k_stage])
+            plgpu.wgmma(s_acc, q_smem, smem["k"].at[k_stage].transpose((1, 0)))
+            plgpu.barrier_wait(bars["v"].at[v_stage])
+            plgpu.wgmma(pv_acc, p_smem, smem["v"].at[v_stage])
+            # The scores are there; the other product goes on while their softmax is computed.
+            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+            plgpu.barrier_arrive(bars["k_free"].at[k_stage])
+            p, m_log2, l, alpha = lax.optimization_barrier(softmax(s, state.m_log2, state.l))
+            o = state.o + plgpu.wgmma_accumulator_load(pv_acc, wait_n=0)
+            plgpu.barrier_arrive(bars["v_free"].at[v_stage])
+            put(p)
+            return State(m_log2, l, o * per_row(alpha, o))
+
+        accumulators = plgpu.ACC((ROWS, BLOCK_KV)), plgpu.ACC((ROWS, head_dim))
+        return pl.run_scoped(two_products, *accumulators)
+
+    start, first, last = empty_state(head_dim), 0, (steps - 1) % STAGES
+    plgpu.barrier_wait(bars["k"].at[first])
+    s = product(q_smem, smem["k"].at[first].transpose((1, 0)))
+    plgpu.barrier_arrive(bars["k_free"].at[first])
+    p, m_log2, l, _ = softmax(s, start.m_log2, start.l)
+    put(p)
+    state = lax.fori_loop(1, steps, step, State(m_log2, l, start.o))
+    plgpu.barrier_wait(bars["v"].at[last])
+    o = state.o + product(p_smem, smem["v"].at[last])
+    plgpu.barrier_arrive(bars["v_free"].at[last])
+    return divided(state._replace(o=o))
+
+
+def overlapped(q: Any, k: Any, v: Any) -> Any:
+    """Step 5: softmax and products of one warpgroup at the same time (section 3.2)."""
+    return launch(consume_overlapped, q, k, v)
+
+
+def consume_in_registers(smem: Any, bars: Any, wg: Any, steps: int) -> Any:
+    """The same; p waits in registers for its product, and o is rescaled in its accumulator."""
     q_smem = smem["q"].at[wg]
     head_dim = q_smem.shape[1]
     wait_for_turn, pass_turn = turns(bars, wg)
@@ -314,9 +361,9 @@ def consume_overlapped(smem: Any, bars: Any, wg: Any, steps: int) -> Any:
     return pl.run_scoped(with_accumulator, plgpu.ACC((ROWS, head_dim)))
 
 
-def overlapped(q: Any, k: Any, v: Any) -> Any:
-    """Step 5: softmax and products of one warpgroup at the same time (section 3.2)."""
-    return launch(consume_overlapped, q, k, v)
+def in_registers(q: Any, k: Any, v: Any) -> Any:
+    """Step 6: the overlap without a way through shared memory, and in turns."""
+    return launch(consume_in_registers, q, k, v)
 
 
 STEPS = {
@@ -325,4 +372,5 @@ STEPS = {
     "3 a producer": with_producer,
     "4 in turns": in_turns,
     "5 overlapped": overlapped,
+    "6 in registers": in_registers,
 }
