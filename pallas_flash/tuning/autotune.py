@@ -1,6 +1,9 @@
 """Searches configurations on the GPU at hand and writes the best into `tuning/data`.
 
-    python -m pallas_flash.tuning.autotune 4x4096x16x128 4x4096x32/8x128
+    python -m pallas_flash.tuning 4x4096x16x128 4x4096x32/8x128
+
+Commands for other shapes may run at the same time: they compile side by side and take turns with
+the GPU, if XLA_PYTHON_CLIENT_PREALLOCATE=false leaves memory for all.
 
 A shape is batch x length x heads x head_dim; "a/b" stands for query and key length, for query and
 key heads, or for the head_dim of keys and of values. The search goes downhill: it times every
@@ -62,14 +65,17 @@ def measured(backend: Backend, spec: AttentionSpec, operands: Operands, iteratio
         function = functools.partial(getattr(backend, direction), spec, config)
         try:
             program = jax.jit(function).lower(*arrays[direction]).compile()
-            results = jax.tree.leaves(program(*arrays[direction]))
+            with timing.turn():
+                results, times = timing.kernel_ms(
+                    program, *arrays[direction], iterations=iterations
+                )
         except jax.errors.JaxRuntimeError:
             return math.inf
+        results = jax.tree.leaves(results)
         for a, b in zip(results, expected.setdefault(direction, results), strict=True):
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
             if not jnp.abs(a - b).max() <= ROUNDING * jnp.abs(b).max():
                 raise RuntimeError(f"{config} changes the results of {direction}")
-        _, times = timing.kernel_ms(program, *arrays[direction], iterations=iterations)
         return statistics.median(times)
 
     return time
