@@ -17,7 +17,7 @@ import functools
 import math
 import pathlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,12 +66,10 @@ def measured(backend: Backend, spec: AttentionSpec, operands: Operands, iteratio
         try:
             program = jax.jit(function).lower(*arrays[direction]).compile()
             with timing.turn():
-                results, times = timing.kernel_ms(
-                    program, *arrays[direction], iterations=iterations
-                )
+                results = jax.tree.leaves(program(*arrays[direction]))
+                _, times = timing.kernel_ms(program, *arrays[direction], iterations=iterations)
         except jax.errors.JaxRuntimeError:
             return math.inf
-        results = jax.tree.leaves(results)
         for a, b in zip(results, expected.setdefault(direction, results), strict=True):
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
             if not jnp.abs(a - b).max() <= ROUNDING * jnp.abs(b).max():
@@ -82,19 +80,25 @@ def measured(backend: Backend, spec: AttentionSpec, operands: Operands, iteratio
 
 
 def search(
-    backend: Backend, spec: AttentionSpec, time: Timer, steps: int, progress: Any = iter
+    backend: Backend,
+    spec: AttentionSpec,
+    time: Timer,
+    steps: int,
+    directions: Sequence[str] = DIRECTIONS,
+    progress: Any = iter,
 ) -> tuple[Any, dict[str, float]]:
     """The fastest configuration found, and the ms of each direction with it and by default.
 
     Args:
       steps: of the way downhill, at most, for each direction.
+      directions: "forward" and "backward", or one of them.
       progress: wraps the configurations of a step, e.g. ``tqdm``.
 
     Raises:
       RuntimeError: if the default does not compile.
     """
     best, ms = backend.default_config(spec), {}
-    for direction in DIRECTIONS:
+    for direction in directions:
         ms[f"default_{direction}"] = ms[direction] = time(best, direction)
         if ms[direction] == math.inf:
             raise RuntimeError(f"the default does not compile: {best}")
@@ -125,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--backend", choices=("hopper",), default="hopper")
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--iterations", type=int, default=7, help="calls timed for each choice")
     parser.add_argument("--steps", type=int, default=3, help="downhill, at most")
     parser.add_argument("--data", type=pathlib.Path, default=table.DATA, help="folder to write to")
@@ -140,17 +145,19 @@ def main(argv: list[str] | None = None) -> None:
             operands = request.operands
             spec = AttentionSpec.of(operands, request.scale)
             time = measured(backend, spec, operands, args.iterations)
-            config, ms = search(backend, spec, time, args.steps, _progress_bar())
-            print(shape, name, {key: round(x, 3) for key, x in ms.items()}, config)
-            table.write(path, device, {
-                "backend": args.backend,
-                "key": dataclasses.asdict(table.Key.of(spec)),
-                "config": dataclasses.asdict(config),
-                "shape": shape,
-                "ms": ms,
-                "jax": jax.__version__,
-                "date": datetime.date.today().isoformat(),
-            })  # fmt: skip
+            config, ms = search(backend, spec, time, args.steps, args.directions, _progress_bar())
+            parts = {d: getattr(config, d) for d in args.directions}
+            print(shape, name, {key: round(x, 3) for key, x in ms.items()}, *parts.values())
+            with timing.turn():
+                table.write(path, device, {
+                    "backend": args.backend,
+                    "key": dataclasses.asdict(table.Key.of(spec)),
+                    "config": {d: dataclasses.asdict(part) for d, part in parts.items()},
+                    "shape": shape,
+                    "ms": {key: round(x, 4) for key, x in ms.items()},
+                    "jax": jax.__version__,
+                    "date": datetime.date.today().isoformat(),
+                })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -59,11 +59,11 @@ class Key:
 
 
 class Entry(typing.NamedTuple):
-    """A line of a data file."""
+    """A line of a data file. config: the parts of a backend's configuration that were measured."""
 
     backend: str
     key: Key
-    config: Any
+    config: dict[str, Any]
 
 
 def device_name(device_kind: str) -> str:
@@ -86,13 +86,18 @@ def from_json(cls: type, fields: dict[str, Any]) -> Any:
     )
 
 
+def _parts(config_type: type, parts: dict[str, Any]) -> dict[str, Any]:
+    types = typing.get_type_hints(config_type)
+    return {name: from_json(types[name], part) for name, part in parts.items()}
+
+
 def read(path: pathlib.Path, backends: dict[str, Backend]) -> list[Entry]:
     """The entries of a data file that are for one of these backends."""
     return [
         Entry(
             backend=entry["backend"],
             key=from_json(Key, entry["key"]),
-            config=from_json(backends[entry["backend"]].config_type, entry["config"]),
+            config=_parts(backends[entry["backend"]].config_type, entry["config"]),
         )
         for entry in json.loads(path.read_text())["entries"]
         if entry["backend"] in backends
@@ -108,20 +113,20 @@ def write(path: pathlib.Path, device: str, entry: dict[str, Any]) -> None:
     path.write_text(json.dumps({"device": device, "entries": [*entries, entry]}, indent=1) + "\n")
 
 
-def nearest(entries: list[Entry], key: Key) -> Any:
-    """The configuration of the entry that serves `key` best, or None."""
+def nearest(entries: list[Entry], key: Key) -> dict[str, Any]:
+    """The measured parts of the entry that serves `key` best; none if there is no such entry."""
     distances = [(key.distance(entry.key), entry.config) for entry in entries]
     near = [(distance, config) for distance, config in distances if distance is not None]
-    return min(near, key=lambda pair: pair[0])[1] if near else None
+    return min(near, key=lambda pair: pair[0])[1] if near else {}
 
 
 def config_for(backend: Backend, spec: AttentionSpec) -> Any:
     """The measured configuration for `spec` on this machine's GPU, or the backend's default."""
-    config = nearest(_entries(backend, _device_kind()), Key.of(spec))
+    default = backend.default_config(spec)
+    parts = nearest(_entries(backend, _device_kind()), Key.of(spec))
+    config = dataclasses.replace(default, **parts) if parts else default
     # An entry may serve a neighbour, whose lengths or mask arrays it has to fit as well.
-    if config is None or backend.misfit(spec, config) is not None:
-        return backend.default_config(spec)
-    return config
+    return default if parts and backend.misfit(spec, config) is not None else config
 
 
 def _device_kind() -> str | None:

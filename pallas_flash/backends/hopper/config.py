@@ -72,6 +72,11 @@ class ForwardConfig:
         scratch = forward_storage.REDUCTION_SCRATCH_BYTES
         return shared_memory_bytes(forward_storage.storage(spec, self)) + scratch
 
+    @property
+    def most_registers(self) -> int:
+        """How many a thread of a math warpgroup may have."""
+        return forward_storage.REGISTERS[self.num_warpgroups][1]
+
 
 def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
     """A sound configuration for any head_dim and value_dim of 16 to 256.
@@ -192,6 +197,10 @@ def misfit(spec: AttentionSpec, config: Any) -> str | None:
     size = config.shared_memory_bytes(spec)
     if size > SHARED_MEMORY_LIMIT:
         return f"needs {size} bytes of shared memory, the device has {SHARED_MEMORY_LIMIT}"
+    if isinstance(config, ForwardConfig):
+        registers = forward_storage.registers(spec, config)
+        if registers > config.most_registers:
+            return f"needs about {registers} registers a thread, it has {config.most_registers}"
     return None
 
 
@@ -217,16 +226,21 @@ def one_step_from(part: Any) -> list[Any]:
     ]
     changes: list[list[dict[str, Any]]] = [[{name: not fields[name]}] for name in switches]
     for name in (name for name in fields if name not in switches):
-        changes += [[{name: x}, *({name: x} | s for s in settings)] for x in _near(fields[name])]
+        near = _near(name, fields[name])
+        changes += [[{name: x}, *({name: x} | s for s in settings)] for x in near]
     found = [next(filter(None, (_changed(part, c) for c in choices)), None) for choices in changes]
     return [c for c in found if c is not None]
 
 
-def _near(x: int) -> set[int]:
-    """Values next to a stage count, a tile size or a number of heads."""
-    by_one = {x - 1, x + 1} if x <= 4 else set()
-    by_tiles = {x + step for step in (-32, -16, 16, 32)} if x % 16 == 0 else set()
-    return {y for y in {x // 2, 2 * x} | by_one | by_tiles if y > 0} - {x}
+def _near(name: str, x: int) -> set[int]:
+    """Values next to a tile size, to a number of heads, or to a small number."""
+    if name.startswith("block_"):
+        near = {x // 2, x - 32, x + 32, 2 * x}
+    elif name == "heads_per_group":
+        near = {x // 2, 2 * x}
+    else:
+        near = {x - 1, x + 1}
+    return {y for y in near if y > 0}
 
 
 def _changed(part: Any, change: dict[str, Any]) -> Any:
