@@ -23,7 +23,7 @@ WG_ROWS = 64
 # 128 * (producer + consumers) stay within the 64 K of an SM. One has enough as it is.
 REGISTERS = {1: (None, 255), 2: (24, 240), 3: (32, 160)}
 # Of a consumer's, those for everything but scores, probabilities and the accumulator, about.
-OTHER_REGISTERS = 24
+OTHER_REGISTERS = 32
 # What Pallas sets apart for reductions over rows. None here crosses warps, so little will do.
 REDUCTION_SCRATCH_BYTES = 1024
 
