@@ -126,9 +126,9 @@ class Kernel:
         """Where in SMEM the keys or values of a step lie, counted over all tiles of a block."""
         return lax.rem(step, jnp.int32(self.config.num_stages))
 
-    def q_slot(self, tile: Tile) -> Any:
+    def q_stage(self, tile: Tile) -> Any:
         """Where in SMEM the queries of a tile lie."""
-        return lax.rem(tile.nth, jnp.int32(self.smem.q.shape[0]))
+        return lax.rem(tile.nth, jnp.int32(self.config.num_q_stages))
 
 
 def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[Any, Any]:
@@ -268,12 +268,12 @@ def _load_q(kernel: Kernel, wg: Any, tile: Tile) -> None:
 
 def _q_of(kernel: Kernel, wg: Any, tile: Tile) -> Any:
     """A warpgroup's queries in SMEM."""
-    return kernel.smem.q.at[kernel.q_slot(tile), wg]
+    return kernel.smem.q.at[kernel.q_stage(tile), wg]
 
 
 def _q_ready(kernel: Kernel, wg: Any, tile: Tile) -> Any:
     """The barrier of their load."""
-    return kernel.smem.q_ready.at[kernel.q_slot(tile) * kernel.config.num_warpgroups + wg]
+    return kernel.smem.q_ready.at[kernel.q_stage(tile) * kernel.config.num_warpgroups + wg]
 
 
 def _compute(kernel: Kernel, wg: Any) -> None:
@@ -288,7 +288,7 @@ def _compute(kernel: Kernel, wg: Any) -> None:
     def compute_tile(tile, following, step):
         plgpu.barrier_wait(_q_ready(kernel, wg, tile))
         load_next_q = partial(following, partial(_load_q, kernel, wg))
-        loads_early = smem.q.shape[0] > 1
+        loads_early = kernel.config.num_q_stages > 1
         if loads_early:
             load_next_q()
 

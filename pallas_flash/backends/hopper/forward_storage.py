@@ -31,10 +31,10 @@ REDUCTION_SCRATCH_BYTES = 1024
 class Storage(NamedTuple):
     """What a block allocates.
 
-    The leading axis of out and lse counts warpgroups, that of k and v stages; q and q_ready have
-    those of one or two tiles: [tiles, warpgroups]. `out` is None where there is no room, and the
-    result is staged in the tile of q. `turn` orders the warpgroups' use of the matrix units, or is
-    None. tiles: what is brought of the terms' arrays, in stages with k.
+    The leading axis of out and lse counts warpgroups, that of k and v stages, those of q stages and
+    warpgroups. `out` is None where there is no room, and the result is staged in the tile of q.
+    `turn` orders the warpgroups' use of the matrix units, or is None. tiles: what is brought of the
+    terms' arrays, in stages with k.
     """
 
     q: Any
@@ -81,13 +81,13 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     """The scratch types of a block."""
     wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
     qk, vo = query_columns(spec), value_columns(spec, block_kv)
-    early = Storage(
-        q=tiled((2, wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
+    separate = Storage(
+        q=tiled((config.num_q_stages, wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
         k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
         v=tiled((stages, block_kv, vo.smem), spec.dtype, vo.tile),
         out=tiled((wgs, WG_ROWS, vo.smem), spec.dtype, vo.tile),
         lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
-        q_ready=plgpu.Barrier(num_barriers=2 * wgs),
+        q_ready=plgpu.Barrier(num_barriers=config.num_q_stages * wgs),
         k_ready=plgpu.Barrier(num_arrivals=1 + num_brought(spec, Q), num_barriers=stages),
         v_ready=plgpu.Barrier(num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
@@ -95,15 +95,8 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         turn=plgpu.Barrier(num_barriers=wgs) if config.takes_turns else None,
         tiles=in_smem(tiling(spec, config), stages),
     )
-    if _fits(early):
-        return early
-    separate = early._replace(
-        q=tiled((1, wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
-        q_ready=plgpu.Barrier(num_barriers=wgs),
-    )
-    out_fits_q = vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
-    return separate._replace(out=None) if out_fits_q and not _fits(separate) else separate
-
-
-def _fits(allocations: Storage) -> bool:
-    return shared_memory_bytes(allocations) + REDUCTION_SCRATCH_BYTES <= SHARED_MEMORY_LIMIT
+    # The result can be staged in the queries' place if the next ones are not on their way there.
+    out_fits_q = config.num_q_stages == 1 and vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
+    if out_fits_q and shared_memory_bytes(separate) + REDUCTION_SCRATCH_BYTES > SHARED_MEMORY_LIMIT:
+        return separate._replace(out=None)
+    return separate
