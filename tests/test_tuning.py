@@ -1,6 +1,7 @@
 """Measured configurations: the look-up, the files, and the search without a GPU."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -57,8 +58,8 @@ def measured(tmp_path, monkeypatch):
     table._entries.cache_clear()
 
 
-@pytest.mark.parametrize("length", [2900, 4096, 8192, 2048])
-def test_entry_serves_its_neighbours(measured, length):
+@pytest.mark.parametrize("length", [2900, 4096, 5700])
+def test_entry_serves_lengths_near_its_own(measured, length):
     spec = spec_of(q_len=length)
     config = table.config_for(hopper.BACKEND, spec)
     assert config.forward == measured
@@ -68,21 +69,11 @@ def test_entry_serves_its_neighbours(measured, length):
 
 @pytest.mark.parametrize(
     "features",
-    [{"q_len": 1}, {"kv_len": 512}, {"mask": "none"}, {"mask": "other"}, {"head_dim": 64}],
+    [{"q_len": 1}, {"kv_len": 8192}, {"mask": "none"}, {"mask": "other"}, {"head_dim": 64}],
 )
 def test_another_key_gets_the_default(measured, features):
     spec = spec_of(**features)
     assert table.config_for(hopper.BACKEND, spec) == hopper.default_config(spec)
-
-
-def test_nearest_length_wins():
-    key = table.Key.of(spec_of())
-    entries = [
-        table.Entry("hopper", dataclasses.replace(key, q_bucket=q, kv_bucket=kv), {"at": (q, kv)})
-        for q, kv in ((11, 11), (12, 11), (13, 13))
-    ]
-    assert table.nearest(entries, key) == {"at": (12, 11)}
-    assert table.nearest([], key) == {}
 
 
 def test_lengths_beyond_the_longest_bucket_are_one_bucket():
@@ -95,7 +86,7 @@ def test_unknown_device_gets_the_default(measured, monkeypatch):
         assert table.config_for(hopper.BACKEND, spec_of()) == hopper.default_config(spec_of())
 
 
-def test_entry_that_does_not_fit_a_neighbour_is_not_used(measured, monkeypatch):
+def test_entry_that_does_not_fit_a_request_is_not_used(measured, monkeypatch):
     backend = dataclasses.replace(hopper.BACKEND, misfit=lambda spec, config: "too large")
     assert table.config_for(backend, spec_of()) == hopper.default_config(spec_of())
 
@@ -121,15 +112,29 @@ def test_config_is_checked_on_reading(measured, change, error):
         table.read(path, dispatch.BACKENDS)
 
 
-def test_every_committed_entry_fits():
-    for path in sorted(table.DATA.glob("*.json")):
-        data = json.loads(path.read_text())
-        assert path.stem == table.device_name(data["device"])
-        for entry in table.read(path, dispatch.BACKENDS):
-            spec, backend = spec_of(entry.key), dispatch.BACKENDS[entry.backend]
-            assert table.Key.of(spec) == entry.key
-            config = dataclasses.replace(backend.default_config(spec), **entry.config)
-            assert backend.misfit(spec, config) is None
+def committed():
+    """Device, and entry, of everything in the data files."""
+    return [
+        pytest.param(json.loads(path.read_text())["device"], entry, id=f"{path.stem}-{i}")
+        for path in sorted(table.DATA.glob("*.json"))
+        for i, entry in enumerate(table.read(path, dispatch.BACKENDS))
+    ]
+
+
+@pytest.mark.parametrize(("device", "entry"), committed())
+def test_committed_entry_is_used_on_its_device_and_lowers_for_cuda(device, entry, monkeypatch):
+    monkeypatch.setattr(table, "_device_kind", lambda: device)
+    operands, backend = described(entry.key), dispatch.BACKENDS[entry.backend]
+    spec = AttentionSpec.of(operands, 0.1)
+    assert table.Key.of(spec) == entry.key
+    config = table.config_for(backend, spec)
+    assert entry.config == {name: getattr(config, name) for name in entry.config}
+    lse = jax.ShapeDtypeStruct((1, spec.num_q_heads, spec.q_len), jnp.float32)
+    dout = jax.ShapeDtypeStruct((*operands.q.shape[:-1], spec.value_dim), spec.dtype)
+    for direction in entry.config:
+        arrays = () if direction == "forward" else (lse, lse, dout)
+        run = functools.partial(getattr(backend, direction), spec, config)
+        jax.jit(run).trace(operands, *arrays).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])

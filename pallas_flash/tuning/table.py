@@ -1,7 +1,7 @@
 """The measured configuration for a request, or the backend's default: a look-up, no search.
 
-An entry serves the requests with its key, and those whose lengths are within a factor of about two
-of its own. It changes speed, never results.
+An entry serves the requests with its key, whose lengths are within a factor of about 1.4 of its
+own. It changes speed, never results.
 """
 
 import dataclasses
@@ -49,13 +49,6 @@ class Key:
         )
         itemsize = spec.dtype.itemsize
         return cls(spec.head_dim, spec.value_dim, itemsize, spec.group, kind, *buckets)
-
-    def distance(self, other: "Key") -> int | None:
-        """Between the lengths, in buckets, or None if one cannot serve the other."""
-        if dataclasses.replace(self, q_bucket=other.q_bucket, kv_bucket=other.kv_bucket) != other:
-            return None
-        apart = (abs(self.q_bucket - other.q_bucket), abs(self.kv_bucket - other.kv_bucket))
-        return sum(apart) if max(apart) <= 1 else None
 
 
 class Entry(typing.NamedTuple):
@@ -113,19 +106,17 @@ def write(path: pathlib.Path, device: str, entry: dict[str, Any]) -> None:
     path.write_text(json.dumps({"device": device, "entries": [*entries, entry]}, indent=1) + "\n")
 
 
-def nearest(entries: list[Entry], key: Key) -> dict[str, Any]:
-    """The measured parts of the entry that serves `key` best; none if there is no such entry."""
-    distances = [(key.distance(entry.key), entry.config) for entry in entries]
-    near = [(distance, config) for distance, config in distances if distance is not None]
-    return min(near, key=lambda pair: pair[0])[1] if near else {}
+def measured(entries: list[Entry], key: Key) -> dict[str, Any]:
+    """The measured parts of a configuration for requests with this key; none if there are none."""
+    return next((entry.config for entry in entries if entry.key == key), {})
 
 
 def config_for(backend: Backend, spec: AttentionSpec) -> Any:
     """The measured configuration for `spec` on this machine's GPU, or the backend's default."""
     default = backend.default_config(spec)
-    parts = nearest(_entries(backend, _device_kind()), Key.of(spec))
+    parts = measured(_entries(backend, _device_kind()), Key.of(spec))
     config = dataclasses.replace(default, **parts) if parts else default
-    # An entry may serve a neighbour, whose lengths or mask arrays it has to fit as well.
+    # The request may have arrays that were not measured, which it has to fit as well.
     return default if parts and backend.misfit(spec, config) is not None else config
 
 

@@ -106,9 +106,10 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
     finds_rhythm = spec.mask is None and 64 < widest <= 128
     takes_turns = num_warpgroups > 1 and widest <= 192 and not finds_rhythm
     most_keys = 128 if widest <= 128 else 96 if widest <= 192 else 64
-    # The next queries on their way for a whole tile: +5% at head_dim 64, +3% at 128, 32 x 512, but
-    # -2% at 8 x 2048 x 16 x 128 full. H100, JAX 0.11.2.
-    has_few_steps = spec.kv_len <= (512 if spec.mask is None else 1024) and widest <= 128
+    # The next queries on their way for a whole tile: +5% and +4% at 32 x 512 x 32 x 64 full and
+    # causal, +3% at 32 x 512 x 16 x 128, but -2% at 8 x 2048 x 16 x 128 full. H100, JAX 0.11.2.
+    few_steps = 1024 if widest <= 64 and spec.mask is not None else 512
+    q_stages = (2, 1) if spec.kv_len <= few_steps and widest <= 128 else (1,)
     configs = [
         ForwardConfig(
             num_warpgroups=num_warpgroups,
@@ -119,7 +120,7 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
             heads_per_group=max(1, kv_heads * spec.group),
         )
         for block_kv in (128, 96, 64, 48, 32)
-        for num_q_stages in ((2, 1) if has_few_steps else (1,))
+        for num_q_stages in q_stages
         if block_kv <= most_keys
     ]
     return _first_that_fits(spec, configs)
