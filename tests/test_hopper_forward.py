@@ -25,7 +25,7 @@ from tolerance import assert_as_good_as_plain
 pytestmark = pytest.mark.usefixtures("shim")
 
 # Two warpgroups that take turns, in blocks so small that stages are used again.
-TURNS = {"num_warpgroups": 2, "block_kv": 32, "takes_turns": True}
+TURNS = {"num_warpgroups": 2, "block_kv": 32, "num_q_stages": 1, "takes_turns": True}
 THREE = {"num_warpgroups": 3, "block_kv": 48, "takes_turns": False}
 
 CASES = {

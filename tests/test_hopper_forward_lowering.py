@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 import pallas_flash as pf
 from pallas_flash.backends import hopper
 from pallas_flash.backends.hopper import forward as module
-from pallas_flash.backends.hopper.config import ForwardConfig, default_forward_config
+from pallas_flash.backends.hopper.config import ForwardConfig, default_forward_config, misfit
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.spec import AttentionSpec, Operands
 
@@ -42,8 +42,11 @@ def lowers(operands, **changes) -> bool:
     return "mosaic_gpu" in text
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("mask", [None, pf.Causal()], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [(None, jnp.bfloat16), (pf.Causal(), jnp.float16)],
+    ids=["full-bf16", "causal-f16"],
+)
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_default_config_lowers_for_cuda(head_dim, mask, dtype):
     assert lowers(described(head_dim, head_dim, mask, dtype))
@@ -182,15 +185,23 @@ def test_what_the_kernels_cannot_serve_is_refused_by_name(operands, reason):
     assert hopper.unsupported(AttentionSpec.of(operands, 0.1)) == reason
 
 
+def test_a_config_with_too_many_registers_is_refused():
+    spec = AttentionSpec.of(described(128, 128), 0.1)
+    default = default_forward_config(spec)
+    crowded = dataclasses.replace(default, num_warpgroups=3, num_stages=1)
+    assert misfit(spec, crowded) == "needs about 192 registers a thread, it has 160"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"num_warpgroups": 4}, "num_warpgroups=4 must be 1, 2 or 3"),
         ({"block_kv": 72}, "block_kv=72 must be a multiple of 16 from 16 to 256"),
         ({"num_stages": 0}, "num_stages=0 must be at least 1"),
+        ({"num_q_stages": 3}, "num_q_stages=3 must be 1 or 2"),
         ({"num_warpgroups": 1}, "takes_turns=True needs num_warpgroups=1 to be 2 or 3"),
     ],
 )
 def test_bad_configs_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(ForwardConfig(2, 128, 2, True, 1), **changes)
+        dataclasses.replace(ForwardConfig(2, 128, 2, 1, True, 1), **changes)

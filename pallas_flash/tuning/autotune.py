@@ -1,6 +1,9 @@
 """Searches configurations on the GPU at hand and writes the best into `tuning/data`.
 
-    python -m pallas_flash.tuning.autotune 4x4096x16x128 4x4096x32/8x128
+    python -m pallas_flash.tuning 4x4096x16x128 4x4096x32/8x128
+
+Commands for other shapes may run at the same time: they compile side by side and take turns with
+the GPU, if XLA_PYTHON_CLIENT_PREALLOCATE=false leaves memory for all.
 
 A shape is batch x length x heads x head_dim; "a/b" stands for query and key length, for query and
 key heads, or for the head_dim of keys and of values. The search goes downhill: it times every
@@ -14,7 +17,7 @@ import functools
 import math
 import pathlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,33 +65,40 @@ def measured(backend: Backend, spec: AttentionSpec, operands: Operands, iteratio
         function = functools.partial(getattr(backend, direction), spec, config)
         try:
             program = jax.jit(function).lower(*arrays[direction]).compile()
-            results = jax.tree.leaves(program(*arrays[direction]))
+            with timing.turn():
+                results = jax.tree.leaves(program(*arrays[direction]))
+                _, times = timing.kernel_ms(program, *arrays[direction], iterations=iterations)
         except jax.errors.JaxRuntimeError:
             return math.inf
         for a, b in zip(results, expected.setdefault(direction, results), strict=True):
             a, b = a.astype(jnp.float32), b.astype(jnp.float32)
             if not jnp.abs(a - b).max() <= ROUNDING * jnp.abs(b).max():
                 raise RuntimeError(f"{config} changes the results of {direction}")
-        _, times = timing.kernel_ms(program, *arrays[direction], iterations=iterations)
         return statistics.median(times)
 
     return time
 
 
 def search(
-    backend: Backend, spec: AttentionSpec, time: Timer, steps: int, progress: Any = iter
+    backend: Backend,
+    spec: AttentionSpec,
+    time: Timer,
+    steps: int,
+    directions: Sequence[str] = DIRECTIONS,
+    progress: Any = iter,
 ) -> tuple[Any, dict[str, float]]:
     """The fastest configuration found, and the ms of each direction with it and by default.
 
     Args:
       steps: of the way downhill, at most, for each direction.
+      directions: "forward" and "backward", or one of them.
       progress: wraps the configurations of a step, e.g. ``tqdm``.
 
     Raises:
       RuntimeError: if the default does not compile.
     """
     best, ms = backend.default_config(spec), {}
-    for direction in DIRECTIONS:
+    for direction in directions:
         ms[f"default_{direction}"] = ms[direction] = time(best, direction)
         if ms[direction] == math.inf:
             raise RuntimeError(f"the default does not compile: {best}")
@@ -119,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--masks", nargs="+", choices=MASKS, default=list(MASKS))
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--backend", choices=("hopper",), default="hopper")
+    parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
     parser.add_argument("--iterations", type=int, default=7, help="calls timed for each choice")
     parser.add_argument("--steps", type=int, default=3, help="downhill, at most")
     parser.add_argument("--data", type=pathlib.Path, default=table.DATA, help="folder to write to")
@@ -134,17 +145,19 @@ def main(argv: list[str] | None = None) -> None:
             operands = request.operands
             spec = AttentionSpec.of(operands, request.scale)
             time = measured(backend, spec, operands, args.iterations)
-            config, ms = search(backend, spec, time, args.steps, _progress_bar())
-            print(shape, name, {key: round(x, 3) for key, x in ms.items()}, config)
-            table.write(path, device, {
-                "backend": args.backend,
-                "key": dataclasses.asdict(table.Key.of(spec)),
-                "config": dataclasses.asdict(config),
-                "shape": shape,
-                "ms": ms,
-                "jax": jax.__version__,
-                "date": datetime.date.today().isoformat(),
-            })  # fmt: skip
+            config, ms = search(backend, spec, time, args.steps, args.directions, _progress_bar())
+            parts = {d: getattr(config, d) for d in args.directions}
+            print(shape, name, {key: round(x, 3) for key, x in ms.items()}, *parts.values())
+            with timing.turn():
+                table.write(path, device, {
+                    "backend": args.backend,
+                    "key": dataclasses.asdict(table.Key.of(spec)),
+                    "config": {d: dataclasses.asdict(part) for d, part in parts.items()},
+                    "shape": shape,
+                    "ms": {key: round(x, 4) for key, x in ms.items()},
+                    "jax": jax.__version__,
+                    "date": datetime.date.today().isoformat(),
+                })  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The measured configuration for a request, or the backend's default: a look-up, no search.
 
-An entry serves the requests with its key, and those whose lengths are within a factor of about two
-of its own. It changes speed, never results.
+An entry serves the requests with its key, whose lengths are within a factor of about 1.4 of its
+own. It changes speed, never results.
 """
 
 import dataclasses
@@ -50,20 +50,13 @@ class Key:
         itemsize = spec.dtype.itemsize
         return cls(spec.head_dim, spec.value_dim, itemsize, spec.group, kind, *buckets)
 
-    def distance(self, other: "Key") -> int | None:
-        """Between the lengths, in buckets, or None if one cannot serve the other."""
-        if dataclasses.replace(self, q_bucket=other.q_bucket, kv_bucket=other.kv_bucket) != other:
-            return None
-        apart = (abs(self.q_bucket - other.q_bucket), abs(self.kv_bucket - other.kv_bucket))
-        return sum(apart) if max(apart) <= 1 else None
-
 
 class Entry(typing.NamedTuple):
-    """A line of a data file."""
+    """A line of a data file. config: the parts of a backend's configuration that were measured."""
 
     backend: str
     key: Key
-    config: Any
+    config: dict[str, Any]
 
 
 def device_name(device_kind: str) -> str:
@@ -86,13 +79,18 @@ def from_json(cls: type, fields: dict[str, Any]) -> Any:
     )
 
 
+def _parts(config_type: type, parts: dict[str, Any]) -> dict[str, Any]:
+    types = typing.get_type_hints(config_type)
+    return {name: from_json(types[name], part) for name, part in parts.items()}
+
+
 def read(path: pathlib.Path, backends: dict[str, Backend]) -> list[Entry]:
     """The entries of a data file that are for one of these backends."""
     return [
         Entry(
             backend=entry["backend"],
             key=from_json(Key, entry["key"]),
-            config=from_json(backends[entry["backend"]].config_type, entry["config"]),
+            config=_parts(backends[entry["backend"]].config_type, entry["config"]),
         )
         for entry in json.loads(path.read_text())["entries"]
         if entry["backend"] in backends
@@ -108,20 +106,18 @@ def write(path: pathlib.Path, device: str, entry: dict[str, Any]) -> None:
     path.write_text(json.dumps({"device": device, "entries": [*entries, entry]}, indent=1) + "\n")
 
 
-def nearest(entries: list[Entry], key: Key) -> Any:
-    """The configuration of the entry that serves `key` best, or None."""
-    distances = [(key.distance(entry.key), entry.config) for entry in entries]
-    near = [(distance, config) for distance, config in distances if distance is not None]
-    return min(near, key=lambda pair: pair[0])[1] if near else None
+def measured(entries: list[Entry], key: Key) -> dict[str, Any]:
+    """The measured parts of a configuration for requests with this key; none if there are none."""
+    return next((entry.config for entry in entries if entry.key == key), {})
 
 
 def config_for(backend: Backend, spec: AttentionSpec) -> Any:
     """The measured configuration for `spec` on this machine's GPU, or the backend's default."""
-    config = nearest(_entries(backend, _device_kind()), Key.of(spec))
-    # An entry may serve a neighbour, whose lengths or mask arrays it has to fit as well.
-    if config is None or backend.misfit(spec, config) is not None:
-        return backend.default_config(spec)
-    return config
+    default = backend.default_config(spec)
+    parts = measured(_entries(backend, _device_kind()), Key.of(spec))
+    config = dataclasses.replace(default, **parts) if parts else default
+    # The request may have arrays that were not measured, which it has to fit as well.
+    return default if parts and backend.misfit(spec, config) is not None else config
 
 
 def _device_kind() -> str | None:

@@ -32,6 +32,7 @@ class ForwardConfig:
       num_warpgroups: math warpgroups of a block, each with 64 queries: 1, 2 or 3.
       block_kv: keys of a block, a multiple of 16 up to 256.
       num_stages: blocks of K and V in flight.
+      num_q_stages: tiles of Q in flight, 1 or 2.
       takes_turns: whether the warpgroups take turns with the matrix units, so that one computes its
         softmax while another multiplies (FlashAttention-3, section 3.1).
       heads_per_group: query heads whose tiles run next to each other, longest first; their keys
@@ -44,12 +45,15 @@ class ForwardConfig:
     num_warpgroups: int
     block_kv: int
     num_stages: int
+    num_q_stages: int
     takes_turns: bool
     heads_per_group: int
 
     def __post_init__(self):
         if self.num_warpgroups not in (1, 2, 3):
             raise ValueError(f"num_warpgroups={self.num_warpgroups} must be 1, 2 or 3")
+        if self.num_q_stages not in (1, 2):
+            raise ValueError(f"num_q_stages={self.num_q_stages} must be 1 or 2")
         if self.block_kv not in range(16, 257, 16):
             raise ValueError(f"block_kv={self.block_kv} must be a multiple of 16 from 16 to 256")
         for name in ("num_stages", "heads_per_group"):
@@ -71,6 +75,11 @@ class ForwardConfig:
         """SMEM of a block, from what the kernel allocates."""
         scratch = forward_storage.REDUCTION_SCRATCH_BYTES
         return shared_memory_bytes(forward_storage.storage(spec, self)) + scratch
+
+    @property
+    def most_registers(self) -> int:
+        """How many a thread of a math warpgroup may have."""
+        return forward_storage.REGISTERS[self.num_warpgroups][1]
 
 
 def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
@@ -97,15 +106,21 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
     finds_rhythm = spec.mask is None and 64 < widest <= 128
     takes_turns = num_warpgroups > 1 and widest <= 192 and not finds_rhythm
     most_keys = 128 if widest <= 128 else 96 if widest <= 192 else 64
+    # The next queries on their way for a whole tile: +5% and +4% at 32 x 512 x 32 x 64 full and
+    # causal, +3% at 32 x 512 x 16 x 128, but -2% at 8 x 2048 x 16 x 128 full. H100, JAX 0.11.2.
+    few_steps = 1024 if widest <= 64 and spec.mask is not None else 512
+    q_stages = (2, 1) if spec.kv_len <= few_steps and widest <= 128 else (1,)
     configs = [
         ForwardConfig(
             num_warpgroups=num_warpgroups,
             block_kv=block_kv,
             num_stages=2,
+            num_q_stages=num_q_stages,
             takes_turns=takes_turns,
             heads_per_group=max(1, kv_heads * spec.group),
         )
         for block_kv in (128, 96, 64, 48, 32)
+        for num_q_stages in q_stages
         if block_kv <= most_keys
     ]
     return _first_that_fits(spec, configs)
@@ -192,6 +207,10 @@ def misfit(spec: AttentionSpec, config: Any) -> str | None:
     size = config.shared_memory_bytes(spec)
     if size > SHARED_MEMORY_LIMIT:
         return f"needs {size} bytes of shared memory, the device has {SHARED_MEMORY_LIMIT}"
+    if isinstance(config, ForwardConfig):
+        registers = forward_storage.registers(spec, config)
+        if registers > config.most_registers:
+            return f"needs about {registers} registers a thread, it has {config.most_registers}"
     return None
 
 
@@ -217,16 +236,21 @@ def one_step_from(part: Any) -> list[Any]:
     ]
     changes: list[list[dict[str, Any]]] = [[{name: not fields[name]}] for name in switches]
     for name in (name for name in fields if name not in switches):
-        changes += [[{name: x}, *({name: x} | s for s in settings)] for x in _near(fields[name])]
+        near = _near(name, fields[name])
+        changes += [[{name: x}, *({name: x} | s for s in settings)] for x in near]
     found = [next(filter(None, (_changed(part, c) for c in choices)), None) for choices in changes]
     return [c for c in found if c is not None]
 
 
-def _near(x: int) -> set[int]:
-    """Values next to a stage count, a tile size or a number of heads."""
-    by_one = {x - 1, x + 1} if x <= 4 else set()
-    by_tiles = {x + step for step in (-32, -16, 16, 32)} if x % 16 == 0 else set()
-    return {y for y in {x // 2, 2 * x} | by_one | by_tiles if y > 0} - {x}
+def _near(name: str, x: int) -> set[int]:
+    """Values next to a tile size, to a number of heads, or to a small number."""
+    if name.startswith("block_"):
+        near = {x // 2, x - 32, x + 32, 2 * x}
+    elif name == "heads_per_group":
+        near = {x // 2, 2 * x}
+    else:
+        near = {x - 1, x + 1}
+    return {y for y in near if y > 0}
 
 
 def _changed(part: Any, change: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from pallas_flash.backends.hopper.config import Config, ForwardConfig
 from pallas_flash.backends.hopper.elementwise import written_out
 from pallas_flash.backends.hopper.forward_storage import (
     REDUCTION_SCRATCH_BYTES,
+    REGISTERS,
     WG_ROWS,
     Storage,
     query_columns,
@@ -63,9 +64,6 @@ from pallas_flash.backends.hopper.storage import (
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import Q
 
-# Registers a thread of the producer and of a consumer may use, by number of consumer warpgroups:
-# 128 * (producer + consumers) stay within the 64 K of an SM. One has enough as it is.
-REGISTERS = {2: (24, 240), 3: (32, 160)}
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
@@ -128,6 +126,10 @@ class Kernel:
         """Where in SMEM the keys or values of a step lie, counted over all tiles of a block."""
         return lax.rem(step, jnp.int32(self.config.num_stages))
 
+    def q_stage(self, tile: Tile) -> Any:
+        """Where in SMEM the queries of a tile lie."""
+        return lax.rem(tile.nth, jnp.int32(self.config.num_q_stages))
+
 
 def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[Any, Any]:
     """out [B, Tq, Hq, Dv] in q's dtype and lse [B, Hq, Tq] float32, natural log."""
@@ -153,6 +155,7 @@ def _launch(
 ) -> tuple[Any, Any]:
     """out and lse with padded rows and columns."""
     num_wgs = config.num_warpgroups
+    of_producer, of_consumer = REGISTERS[num_wgs]
 
     def flash_attention_forward(gmem, out_gmem, lse_gmem, smem):
         kernel = Kernel(spec, config, walk, gmem, out_gmem, lse_gmem, smem)
@@ -160,14 +163,14 @@ def _launch(
 
         @pl.when(wg == num_wgs)
         def _():
-            if num_wgs in REGISTERS:
-                plgpu.set_max_registers(REGISTERS[num_wgs][0], action="decrease")
+            if of_producer is not None:
+                plgpu.set_max_registers(of_producer, action="decrease")
             _load(kernel)
 
         @pl.when(wg < num_wgs)
         def _():
-            if num_wgs in REGISTERS:
-                plgpu.set_max_registers(REGISTERS[num_wgs][1], action="increase")
+            if of_producer is not None:
+                plgpu.set_max_registers(of_consumer, action="increase")
             _compute(kernel, wg)
 
     batch, rows, heads, _ = inputs.q.shape
@@ -257,10 +260,20 @@ def _bring_terms(kernel: Kernel, tile: Tile, t: Any, i: Any) -> None:
 
 def _load_q(kernel: Kernel, wg: Any, tile: Tile) -> None:
     """Starts the load of a warpgroup's queries."""
-    q_smem = kernel.smem.q.at[wg]
+    q_smem = _q_of(kernel, wg, tile)
     start = tile.index * kernel.config.block_q + wg * WG_ROWS
     source = window(kernel.gmem.q, tile.batch, start, tile.q_head, q_smem)
-    plgpu.copy_gmem_to_smem(source, q_smem, kernel.smem.q_ready.at[wg])
+    plgpu.copy_gmem_to_smem(source, q_smem, _q_ready(kernel, wg, tile))
+
+
+def _q_of(kernel: Kernel, wg: Any, tile: Tile) -> Any:
+    """A warpgroup's queries in SMEM."""
+    return kernel.smem.q.at[kernel.q_stage(tile), wg]
+
+
+def _q_ready(kernel: Kernel, wg: Any, tile: Tile) -> Any:
+    """The barrier of their load."""
+    return kernel.smem.q_ready.at[kernel.q_stage(tile) * kernel.config.num_warpgroups + wg]
 
 
 def _compute(kernel: Kernel, wg: Any) -> None:
@@ -273,13 +286,16 @@ def _compute(kernel: Kernel, wg: Any) -> None:
     pl.when(wg == last_wg)(lambda: _pass_turn(kernel, wg))
 
     def compute_tile(tile, following, step):
-        plgpu.barrier_wait(smem.q_ready.at[wg])
+        plgpu.barrier_wait(_q_ready(kernel, wg, tile))
+        load_next_q = partial(following, partial(_load_q, kernel, wg))
+        loads_early = kernel.config.num_q_stages > 1
+        if loads_early:
+            load_next_q()
 
         def with_accumulator(acc):
             state = _attend(kernel, wg, tile, step, acc)
             # The tile of q has served, unless the result is staged in it.
-            load_next_q = partial(following, partial(_load_q, kernel, wg))
-            if smem.out is not None:
+            if smem.out is not None and not loads_early:
                 load_next_q()
             _multiply_last(kernel, tile, step, state, acc)
             _finish(kernel, wg, tile, state, acc)
@@ -305,9 +321,11 @@ def _attend(kernel: Kernel, wg: Any, tile: Tile, first_step: Any, acc: Any) -> S
         return Part.of(kernel.tiling, kernel.gmem.terms, place, shape, is_masked)
 
     def step(i, state, is_masked):
-        return _step(kernel, wg, first_step + i, state, acc, scores(i, is_masked))
+        return _step(kernel, wg, q, first_step + i, state, acc, scores(i, is_masked))
 
-    state = _first_step(kernel, wg, first_step, scores(jnp.int32(0), not kernel.walk.starts_full))
+    q = _q_of(kernel, wg, tile)
+    first_part = scores(jnp.int32(0), not kernel.walk.starts_full)
+    state = _first_step(kernel, wg, q, first_step, first_part)
     for i, is_masked in enumerate((True, False, True)):
         if kernel.walk.runs[i]:
             # The first step is done.
@@ -329,7 +347,7 @@ def _pass_turn(kernel: Kernel, wg: Any) -> None:
         plgpu.barrier_arrive(kernel.smem.turn.at[following])
 
 
-def _first_step(kernel: Kernel, wg: Any, t: Any, part: Part) -> State:
+def _first_step(kernel: Kernel, wg: Any, q: Any, t: Any, part: Part) -> State:
     """The state after a tile's first key block; `t` counts the steps of all tiles."""
     smem, stage = kernel.smem, kernel.stage(t)
     no_sums = zero_matrix(WG_ROWS, 8) if kernel.sums_late else constant_per_row(WG_ROWS, 0.0)
@@ -338,7 +356,7 @@ def _first_step(kernel: Kernel, wg: Any, t: Any, part: Part) -> State:
     def product(s_acc):
         plgpu.barrier_wait(smem.k_ready.at[stage])
         _take_turn(kernel, wg)
-        plgpu.wgmma(s_acc, smem.q.at[wg], smem.k.at[stage].transpose((1, 0)))
+        plgpu.wgmma(s_acc, q, smem.k.at[stage].transpose((1, 0)))
         _pass_turn(kernel, wg)
         s = load_accumulator(s_acc, wait_n=0)
         terms = _terms(kernel, wg, stage, part)
@@ -348,7 +366,7 @@ def _first_step(kernel: Kernel, wg: Any, t: Any, part: Part) -> State:
     return pl.run_scoped(product, plgpu.ACC((WG_ROWS, smem.k.shape[1]), jnp.float32))
 
 
-def _step(kernel: Kernel, wg: Any, t: Any, state: State, acc: Any, part: Part) -> State:
+def _step(kernel: Kernel, wg: Any, q: Any, t: Any, state: State, acc: Any, part: Part) -> State:
     """The state after one more key block.
 
     While the softmax of this block is computed the P of the one before is multiplied with its V
@@ -359,7 +377,7 @@ def _step(kernel: Kernel, wg: Any, t: Any, state: State, acc: Any, part: Part) -
     def products(s_acc):
         plgpu.barrier_wait(smem.k_ready.at[k_stage])
         _take_turn(kernel, wg)
-        plgpu.wgmma(s_acc, smem.q.at[wg], smem.k.at[k_stage].transpose((1, 0)))
+        plgpu.wgmma(s_acc, q, smem.k.at[k_stage].transpose((1, 0)))
         plgpu.barrier_wait(smem.v_ready.at[v_stage])
         plgpu.wgmma(acc, state.p, smem.v.at[v_stage])
         _pass_turn(kernel, wg)
@@ -450,7 +468,7 @@ def _finish(kernel: Kernel, wg: Any, tile: Tile, state: State, acc: Any) -> None
     inverse = jnp.where(empty, 0.0, kept / jnp.where(empty, 1.0, sums))
     out = load_accumulator(acc, wait_n=0)
     out = out * widen_rows(inverse, out.shape)
-    out_smem = (smem.q if smem.out is None else smem.out).at[wg]
+    out_smem = _q_of(kernel, wg, tile) if smem.out is None else smem.out.at[wg]
     lse_smem = smem.lse.at[wg]
     # The stores of the tile before have read these.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)

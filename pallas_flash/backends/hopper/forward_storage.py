@@ -19,6 +19,11 @@ from pallas_flash.terms import Q
 
 # Queries of a consumer warpgroup: the rows of one wgmma.
 WG_ROWS = 64
+# Registers a thread of the producer and of a consumer may use, by number of consumer warpgroups:
+# 128 * (producer + consumers) stay within the 64 K of an SM. One has enough as it is.
+REGISTERS = {1: (None, 255), 2: (24, 240), 3: (32, 160)}
+# Of a consumer's, those for everything but scores, probabilities and the accumulator, about.
+OTHER_REGISTERS = 32
 # What Pallas sets apart for reductions over rows. None here crosses warps, so little will do.
 REDUCTION_SCRATCH_BYTES = 1024
 
@@ -26,10 +31,10 @@ REDUCTION_SCRATCH_BYTES = 1024
 class Storage(NamedTuple):
     """What a block allocates.
 
-    The leading axis of q, out and lse counts warpgroups, that of k and v stages. `out` is None
-    where there is no room, and the result is staged in the tile of q. `turn` orders the warpgroups'
-    use of the matrix units, or is None. tiles: what
-    is brought of the terms' arrays, in stages with k.
+    The leading axis of out and lse counts warpgroups, that of k and v stages, those of q stages and
+    warpgroups. `out` is None where there is no room, and the result is staged in the tile of q.
+    `turn` orders the warpgroups' use of the matrix units, or is None. tiles: what is brought of the
+    terms' arrays, in stages with k.
     """
 
     q: Any
@@ -63,17 +68,26 @@ def tiling(spec: AttentionSpec, config: Any) -> Tiling:
     return Tiling(spec, Q, config.block_q, config.block_kv)
 
 
+def registers(spec: AttentionSpec, config: Any) -> int:
+    """How many a thread of a consumer needs, about.
+
+    Scores and accumulator are 64 rows of float32, P has 16 bits: a thread holds half a row of them.
+    """
+    accumulator = value_columns(spec, config.block_kv).smem // 2
+    return accumulator + config.block_kv // 2 + config.block_kv // 4 + OTHER_REGISTERS
+
+
 def storage(spec: AttentionSpec, config: Any) -> Storage:
     """The scratch types of a block."""
     wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
     qk, vo = query_columns(spec), value_columns(spec, block_kv)
     separate = Storage(
-        q=tiled((wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
+        q=tiled((config.num_q_stages, wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
         k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
         v=tiled((stages, block_kv, vo.smem), spec.dtype, vo.tile),
         out=tiled((wgs, WG_ROWS, vo.smem), spec.dtype, vo.tile),
         lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
-        q_ready=plgpu.Barrier(num_barriers=wgs),
+        q_ready=plgpu.Barrier(num_barriers=config.num_q_stages * wgs),
         k_ready=plgpu.Barrier(num_arrivals=1 + num_brought(spec, Q), num_barriers=stages),
         v_ready=plgpu.Barrier(num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
@@ -81,7 +95,8 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         turn=plgpu.Barrier(num_barriers=wgs) if config.takes_turns else None,
         tiles=in_smem(tiling(spec, config), stages),
     )
-    out_fits_q = vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
+    # The result can be staged in the queries' place if the next ones are not on their way there.
+    out_fits_q = config.num_q_stages == 1 and vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
     if out_fits_q and shared_memory_bytes(separate) + REDUCTION_SCRATCH_BYTES > SHARED_MEMORY_LIMIT:
         return separate._replace(out=None)
     return separate

@@ -35,9 +35,10 @@ class Walk(NamedTuple):
 class Tile(NamedTuple):
     """Queries of one head, and the key blocks that they visit.
 
-    edges: first, full_first, full_last, last. index: which queries.
+    nth: of the block, from 0 on. edges: first, full_first, full_last, last. index: which queries.
     """
 
+    nth: Any
     batch: Any
     q_head: Any
     index: Any
@@ -124,9 +125,9 @@ def for_each_tile(walk: Walk, assigned: Assigned, body: Callable[[Tile, Any, Any
         next_fields = _fields(walk, assigned, n + 1)
 
         def following(function):
-            pl.when(n + 1 < count)(lambda: function(_tile(walk, next_fields)))
+            pl.when(n + 1 < count)(lambda: function(_tile(walk, n + 1, next_fields)))
 
-        return body(_tile(walk, fields), following, step), next_fields
+        return body(_tile(walk, n, fields), following, step), next_fields
 
     first = (jnp.int32(0), _fields(walk, assigned, jnp.int32(0)))
     return lax.fori_loop(jnp.int32(0), count, nth, first)[0]
@@ -134,7 +135,7 @@ def for_each_tile(walk: Walk, assigned: Assigned, body: Callable[[Tile, Any, Any
 
 def first_tile(walk: Walk, assigned: Assigned) -> Tile:
     """The first tile of this block: each has one."""
-    return _tile(walk, _fields(walk, assigned, jnp.int32(0)))
+    return _tile(walk, jnp.int32(0), _fields(walk, assigned, jnp.int32(0)))
 
 
 def _fields(walk: Walk, assigned: Assigned, n: Any) -> tuple[Any, ...]:
@@ -143,10 +144,10 @@ def _fields(walk: Walk, assigned: Assigned, n: Any) -> tuple[Any, ...]:
     return tuple(read_scalar(assigned.tiles, lax.axis_index("block"), n, x) for x in fields)
 
 
-def _tile(walk: Walk, fields: tuple[Any, ...]) -> Tile:
+def _tile(walk: Walk, nth: Any, fields: tuple[Any, ...]) -> Tile:
     batch, q_head, index = fields[: assignment.EDGES.start]
     if walk.edges is not None:
         first, full_first, full_last, last = map(jnp.int32, walk.edges)
     else:
         first, full_first, full_last, last = fields[assignment.EDGES]
-    return Tile(batch, q_head, index, (first, full_first, full_last, last))
+    return Tile(nth, batch, q_head, index, (first, full_first, full_last, last))
