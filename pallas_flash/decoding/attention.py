@@ -99,8 +99,9 @@ def explain_decode(
 
     The first name without a reason is the one that ``backend=None`` uses.
     """
+    # Of no queries: a cache that holds nothing yet may be asked about.
     operands, scale, _ = make_decode_request(
-        q, cache, lengths=None, mask=mask, score_mod=score_mod, scale=None
+        q, cache, lengths=0, mask=mask, score_mod=score_mod, scale=None
     )
     spec = DecodeSpec.of(operands, scale)
     return {b.name: b.unsupported(spec) or dispatch.no_device(b) for b in BACKENDS}
