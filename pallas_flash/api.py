@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_flash import dispatch
-from pallas_flash.autodiff import Plan, attend, axes_of
+from pallas_flash.autodiff import Plan, attend
 from pallas_flash.dropout import Dropout
 from pallas_flash.masks import Causal, DenseMask, KvLengths, Mask, QLengths, SlidingWindow
 from pallas_flash.parallel import align
@@ -60,7 +60,7 @@ def flash_attention_with_lse(
     if backend is None:
         dispatch.warn_of_fallback(spec)
     leaves, tree = jax.tree.flatten(operands)
-    operands = jax.tree.unflatten(tree, align(leaves, axes_of(operands)))
+    operands = jax.tree.unflatten(tree, align(leaves, operands.axes))
     out, lse = _attend(Plan(scale, backend, config), operands, sinks)
     return (out, lse) if has_batch else (out[0], lse[0])
 

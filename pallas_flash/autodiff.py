@@ -2,8 +2,11 @@
 
 Source: FlashAttention-2 (Dao 2023), sections 2.2 and 3.1. With ``P = exp(S - lse)`` and
 ``delta = rowsum(out * dout) - dlse`` the gradient of the logits is ``dS = P * (dP - delta)``; the
-term ``- dlse`` is all that a differentiable lse takes. The backward is a ``custom_vjp`` of its own,
-so that a gradient can be differentiated: `backends.second_order`.
+term ``- dlse`` is all that a differentiable lse takes.
+
+Forward and backward are tied together by a ``custom_vjp``, which `both_modes` lets JAX differentiate
+forward as well. Tangents, and the derivatives of the backward, are those of the tiles' sums
+``drop(P) V`` and ``rowsum(P)`` at a known lse: in plain JAX, of any order (`tile_sums`).
 """
 
 import functools
@@ -11,19 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_flash import dispatch
-from pallas_flash.backends.second_order import backward_vjp
+from pallas_flash import dispatch, tile_sums
+from pallas_flash.linear_map import both_modes
 from pallas_flash.parallel import distributed
-from pallas_flash.spec import AttentionSpec, Operands
-from pallas_flash.terms import Axes, floating_axes, leaf_axes
-
-Q_AXES = ("batch", "q", "heads", "dim")
-K_AXES = ("batch", "kv", "kv_heads", "dim")
-V_AXES = ("batch", "kv", "kv_heads", "value_dim")
-OUT_AXES = ("batch", "q", "heads", "value_dim")
-LSE_AXES = ("batch", "heads", "q")
+from pallas_flash.spec import LSE_AXES, OUT_AXES, AttentionSpec, Operands
+from pallas_flash.tile_sums import TileSum, View, sum_tiles
 
 
 class Plan(NamedTuple):
@@ -34,15 +32,13 @@ class Plan(NamedTuple):
     config: Any
 
 
-def axes_of(operands: Operands) -> list[Axes]:
-    """Named axes of the operands' arrays, in the order of ``jax.tree.leaves``."""
-    terms = (operands.mask, operands.score_mod, operands.dropout)
-    return [Q_AXES, K_AXES, V_AXES, *(axes for term in terms for axes in leaf_axes(term))]
+def attend(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array]:
+    """out [B, Tq, Hq, Dv] and lse [B, Hq, Tq] of checked operands; both differentiable."""
+    return _attend_in_both_modes(plan, _without_other_gradients(operands))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """out [B, Tq, Hq, Dv] and lse [B, Hq, Tq] of checked operands; both differentiable."""
+def _attend(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array]:
     leaves, tree = jax.tree.flatten(operands)
 
     def local(*leaves):
@@ -50,9 +46,8 @@ def attend(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array]:
         spec = AttentionSpec.of(operands, plan.scale)
         return dispatch.run("forward", spec, plan.backend, plan.config, operands)
 
-    axes_in = axes_of(operands)
-    shared = range(3, len(axes_in))
-    out, lse = distributed(local, axes_in, [OUT_AXES, LSE_AXES], shared=shared)(*leaves)
+    shared = range(3, len(leaves))
+    out, lse = distributed(local, operands.axes, [OUT_AXES, LSE_AXES], shared=shared)(*leaves)
     return out, lse
 
 
@@ -68,16 +63,37 @@ def _backward(plan: Plan, residuals, cotangents):
     operands, out, lse = residuals
     dout, dlse = cotangents
     delta = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=lse.dtype) - dlse
-    dq, dk, dv, *d_score_mod = attend_backward(plan, operands, lse, delta, dout)
-    return (_cotangents(operands, dq, dk, dv, d_score_mod),)
+    gradients = _attend_backward_in_both_modes(plan, operands, lse, delta, dout)
+    return (_in_place_of(operands, gradients),)
 
 
-attend.defvjp(_forward, _backward)
+def _tangent(plan: Plan, residuals, tangents) -> tuple[jax.Array, ...]:
+    """The tangents of out and lse; None in `tangents` is zero."""
+    operands, out, lse = residuals
+    indices, x = operands.differentiated, _differentiated(operands)
+    moved = tuple(i for i, leaf in enumerate(indices) if tangents[leaf] is not None)
+    axes = tuple(operands.axes[leaf] for leaf in indices)
+
+    def function(view: View, *parts):
+        x, (lse, out), dx = parts[: len(axes)], parts[len(axes) :][:2], parts[len(axes) + 2 :]
+        weighed = TileSum(lambda view, *x: view.weighed(lse, *x), axes, ())
+        d_sum, d_total = weighed.tangent(moved).function(view, *x, *dx)
+        # The softmax's denominator, which is 1 at this lse, moves too.
+        return d_sum - out * d_total.swapaxes(1, 2), d_total
+
+    all_axes = (*axes, LSE_AXES, OUT_AXES, *(axes[i] for i in moved))
+    of = TileSum(function, all_axes, (len(axes) + 1, len(axes)))
+    dx = (tangents[indices[i]] for i in moved)
+    return sum_tiles(_request(plan, of), operands, (*x, lse, out, *dx))
+
+
+_attend.defvjp(_forward, _backward)
+_attend_in_both_modes = both_modes(_attend, _tangent)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attend_backward(plan: Plan, operands: Operands, lse, delta, dout) -> tuple[jax.Array, ...]:
-    """dq, dk, dv and the gradients of the score mod's arrays; differentiable once more."""
+def _attend_backward(plan: Plan, operands: Operands, lse, delta, dout) -> tuple[jax.Array, ...]:
+    """dq, dk, dv and the gradients of the score mod's arrays; differentiable again."""
     leaves, tree = jax.tree.flatten(operands)
 
     def local(*arrays):
@@ -89,58 +105,68 @@ def attend_backward(plan: Plan, operands: Operands, lse, delta, dout) -> tuple[j
         )
         return dq, dk, dv, *d_score_mod
 
-    axes_in = [*axes_of(operands), LSE_AXES, LSE_AXES, OUT_AXES]
-    run = distributed(local, axes_in, _gradient_axes(operands), shared=_shared(operands))
+    axes_in = [*operands.axes, LSE_AXES, LSE_AXES, OUT_AXES]
+    axes_out = [operands.axes[i] for i in operands.differentiated]
+    run = distributed(local, axes_in, axes_out, shared=operands.shared)
     return tuple(run(*leaves, lse, delta, dout))
 
 
+def _sum_of_gradients(operands: Operands) -> TileSum:
+    """What `_attend_backward` is, as a sum over tiles: of q, k, v, arrays, lse, delta and dout."""
+
+    def function(view: View, *parts):
+        *x, lse, delta, dout = parts
+        return jax.vjp(functools.partial(view.weighed, lse), *x)[1]((dout, -delta))
+
+    axes = [operands.axes[i] for i in operands.differentiated]
+    return TileSum(function, (*axes, LSE_AXES, LSE_AXES, OUT_AXES), tuple(range(len(axes))))
+
+
 def _backward_forward(plan: Plan, *inputs):
-    return attend_backward(plan, *inputs), inputs
+    return _attend_backward_in_both_modes(plan, *inputs), inputs
 
 
 def _backward_backward(plan: Plan, inputs, cotangents):
     operands, *rows = inputs
-    leaves, tree = jax.tree.flatten(operands)
-
-    def local(*arrays):
-        operands = jax.tree.unflatten(tree, arrays[: len(leaves)])
-        lse, delta, dout, ddq, ddk, ddv, *dd_arrays = arrays[len(leaves) :]
-        spec = AttentionSpec.of(operands, plan.scale)
-        cotangents = (ddq, ddk, ddv, dd_arrays)
-        q, k, v, of_arrays, *of_rows = backward_vjp(
-            spec, plan.config, operands, lse, delta, dout, cotangents
-        )
-        return q, k, v, *of_arrays, *of_rows
-
-    gradient_axes, row_axes = _gradient_axes(operands), [LSE_AXES, LSE_AXES, OUT_AXES]
-    axes_in = [*axes_of(operands), *row_axes, *gradient_axes]
-    run = distributed(local, axes_in, gradient_axes + row_axes, shared=_shared(operands))
-    q, k, v, *rest = run(*leaves, *rows, *cotangents)
-    return _cotangents(operands, q, k, v, rest[:-3]), *rest[-3:]
+    of = _sum_of_gradients(operands).transposed()
+    arrays = (*_differentiated(operands), *rows, *cotangents)
+    found = sum_tiles(_request(plan, of), operands, arrays)
+    return _in_place_of(operands, found[:-3]), *found[-3:]
 
 
-attend_backward.defvjp(_backward_forward, _backward_backward)
+def _backward_tangent(plan: Plan, inputs, tangents) -> tuple[jax.Array, ...]:
+    operands, *rows = inputs
+    dx = [tangents[i] for i in operands.differentiated] + tangents[-3:]
+    moved = tuple(i for i, x in enumerate(dx) if x is not None)
+    of = _sum_of_gradients(operands).tangent(moved)
+    arrays = (*_differentiated(operands), *rows, *(dx[i] for i in moved))
+    return sum_tiles(_request(plan, of), operands, arrays)
 
 
-def _gradient_axes(operands: Operands) -> list[Axes]:
-    """Axes of what the backward returns."""
-    return [Q_AXES, K_AXES, V_AXES, *floating_axes(operands.score_mod)]
+_attend_backward.defvjp(_backward_forward, _backward_backward)
+_attend_backward_in_both_modes = both_modes(_attend_backward, _backward_tangent)
 
 
-def _shared(operands: Operands) -> set[int]:
-    """The operands that mapped calls may share: of the terms not the score mod.
-
-    Its arrays need a gradient for every mapped call.
-    """
-    num_mask, num_mod = len(leaf_axes(operands.mask)), len(leaf_axes(operands.score_mod))
-    num_dropout = len(leaf_axes(operands.dropout))
-    after = 3 + num_mask + num_mod
-    return {*range(3, 3 + num_mask), *range(after, after + num_dropout)}
+def _request(plan: Plan, of: TileSum) -> tile_sums.Request:
+    return tile_sums.Request(of, plan.scale, plan.config)
 
 
-def _cotangents(operands: Operands, dq, dk, dv, d_score_mod: list[jax.Array]) -> Operands:
+def _differentiated(operands: Operands) -> list[jax.Array]:
+    """q, k, v and the score mod's floating point arrays."""
+    leaves = jax.tree.leaves(operands)
+    return [leaves[i] for i in operands.differentiated]
+
+
+def _in_place_of(operands: Operands, gradients) -> Operands:
     """Operands with gradients in place of the arrays that have one, None elsewhere."""
-    leaves, tree = jax.tree.flatten(operands.score_mod)
-    left = iter(d_score_mod)
-    found = [next(left) if jnp.issubdtype(x.dtype, jnp.floating) else None for x in leaves]
-    return Operands(dq, dk, dv, None, jax.tree.unflatten(tree, found), None)
+    leaves, tree = jax.tree.flatten(operands)
+    by_index = dict(zip(operands.differentiated, gradients, strict=True))
+    return jax.tree.unflatten(tree, [by_index.get(i) for i in range(len(leaves))])
+
+
+def _without_other_gradients(operands: Operands) -> Operands:
+    """The operands, of which only those with gradients are differentiated."""
+    leaves, tree = jax.tree.flatten(operands)
+    own = operands.differentiated
+    new = [x if i in own else lax.stop_gradient(x) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(tree, new)

@@ -15,7 +15,13 @@ from jax.extend.core import jaxprs_in_params
 from pallas_flash.dropout import Dropout, KeepBits
 from pallas_flash.masks import Mask
 from pallas_flash.scores import ScoreMod, Sink, split_sinks
-from pallas_flash.terms import Tile, canonical, map_operands
+from pallas_flash.terms import Axes, Tile, canonical, leaf_axes, map_operands
+
+Q_AXES = ("batch", "q", "heads", "dim")
+K_AXES = ("batch", "kv", "kv_heads", "dim")
+V_AXES = ("batch", "kv", "kv_heads", "value_dim")
+OUT_AXES = ("batch", "q", "heads", "value_dim")
+LSE_AXES = ("batch", "heads", "q")
 
 
 def describe(tree: Any) -> Any:
@@ -38,6 +44,29 @@ class Operands:
     mask: Mask | None = None
     score_mod: ScoreMod | None = None
     dropout: KeepBits | None = None
+
+    @property
+    def axes(self) -> list[Axes]:
+        """Named axes of the arrays, in the order of ``jax.tree.leaves``."""
+        terms = (self.mask, self.score_mod, self.dropout)
+        return [Q_AXES, K_AXES, V_AXES, *(axes for term in terms for axes in leaf_axes(term))]
+
+    @property
+    def differentiated(self) -> list[int]:
+        """Which of ``jax.tree.leaves`` have gradients: q, k, v, the score mod's float arrays."""
+        first = 3 + len(jax.tree.leaves(self.mask))
+        of_mod = enumerate(jax.tree.leaves(self.score_mod), first)
+        return [0, 1, 2, *(i for i, x in of_mod if jnp.issubdtype(x.dtype, jnp.floating))]
+
+    @property
+    def shared(self) -> set[int]:
+        """Which of ``jax.tree.leaves`` mapped calls may share: those of mask and dropout.
+
+        The score mod's arrays need a gradient for every mapped call.
+        """
+        masks = len(jax.tree.leaves(self.mask))
+        mods, seeds = len(jax.tree.leaves(self.score_mod)), len(jax.tree.leaves(self.dropout))
+        return {*range(3, 3 + masks), *range(3 + masks + mods, 3 + masks + mods + seeds)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -224,11 +224,15 @@ class Tile:
         full = {Q: self.q_size, KV: self.kv_size, DISTANCE: self.q_size + self.kv_size - 1}
         return [n if n == 1 else full.get(axis, n) for n, axis in zip(shape, axes, strict=True)]
 
+    def cut(self, array: jax.Array, axes: Axes) -> jax.Array:
+        """The part of `array` that belongs to the tile; whole along axes that tiles do not cut."""
+        starts, sizes = self._starts(array.shape, axes), self._sizes(array.shape, axes)
+        return lax.dynamic_slice(array, starts, sizes)
+
     def align(self, array: jax.Array, axes: Axes) -> jax.Array:
         """Cuts `array` to the tile and shapes it to broadcast against [B, Hq, q_size, kv_size]."""
-        sizes = self._sizes(array.shape, axes)
-        cut = lax.dynamic_slice(array, self._starts(array.shape, axes), sizes)
-        by_axis = dict(zip(axes, sizes, strict=True))
+        cut = self.cut(array, axes)
+        by_axis = dict(zip(axes, cut.shape, strict=True))
         if by_axis.get(DISTANCE, 1) > 1:
             cut = spread_distances(cut, self.q_size, self.kv_size)
             by_axis |= {Q: self.q_size, KV: self.kv_size}
@@ -237,7 +241,7 @@ class Tile:
         return cut if rows in (1, self.batch) else jnp.repeat(cut, self.batch // rows, axis=0)
 
     def add(self, total: jax.Array, axes: Axes, part: jax.Array) -> jax.Array:
-        """Adds `part`, aligned as by `align`, to its place in `total`: the transpose of `align`."""
+        """Adds `part` to its place in `total`: the transpose of `align`, and of `cut`."""
         rows = total.shape[axes.index(BATCH)]
         if part.shape[0] != rows:
             part = part.reshape(rows, -1, *part.shape[1:]).sum(1)

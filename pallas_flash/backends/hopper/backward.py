@@ -4,7 +4,7 @@ dQ is added to a float32 array by TMA; zeroing and casting it is XLA's.
 """
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -113,6 +113,14 @@ def _divmod(x: Any, n: int) -> tuple[Any, Any]:
     return lax.div(x, jnp.int32(n)), lax.rem(x, jnp.int32(n))
 
 
+class _Results(NamedTuple):
+    """dq_acc and matrices are added to, zeros before; stored: dk, dv and the sums, or None."""
+
+    dq_acc: Any
+    matrices: tuple[Any, ...]
+    stored: tuple[Any, Any, Any]
+
+
 def _launch(
     spec: AttentionSpec, config: BackwardConfig, runs: Runs, inputs: GlobalRefs
 ) -> tuple[Any, Any, Any, array_gradients.Refs]:
@@ -148,23 +156,40 @@ def _launch(
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
             compute(kernel, wg, dk_gmem, dv_gmem)
 
+    def launch(results):
+        dk, dv, sums = plgpu.kernel(
+            flash_attention_backward,
+            out_type=stored,
+            # One axis: the others of a CUDA grid end at 65535.
+            grid=(num_heads * num_kv_tiles,),
+            grid_names=("block",),
+            num_threads=NUM_MATH_WGS + 1,
+            thread_name="wg",
+            scratch_types=(storage(spec, config),),
+            compiler_params=_compiler_params(config),
+        )(
+            inputs._replace(
+                dq_acc=results.dq_acc, gradients=array_gradients.Refs(None, results.matrices)
+            )
+        )
+        for ref, x in zip(results.stored, (dk, dv, sums), strict=True):
+            if x is not None:
+                ref[...] = x
+
     dq_width = query_columns(spec, config).smem
     dq_shape = (spec.batch, tma_rows(spec.q_len), spec.num_q_heads, dq_width)
-    dq_acc = jax.new_ref(jnp.zeros(dq_shape, jnp.float32))
-    matrices = tuple(map(jax.new_ref, array_gradients.zero_matrices(tiling(spec, config))))
-    dk, dv, sums = plgpu.kernel(
-        flash_attention_backward,
-        out_type=(
-            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)),
-            array_gradients.sums_in_gmem(tiling(spec, config)),
-        ),
-        # One axis: the others of a CUDA grid end at 65535.
-        grid=(num_heads * num_kv_tiles,),
-        grid_names=("block",),
-        num_threads=NUM_MATH_WGS + 1,
-        thread_name="wg",
-        scratch_types=(storage(spec, config),),
-        compiler_params=_compiler_params(config),
-    )(inputs._replace(dq_acc=dq_acc, gradients=array_gradients.Refs(None, matrices)))
-    of_arrays = array_gradients.Refs(sums, tuple(x[...] for x in matrices))
-    return dq_acc[...], dk, dv, of_arrays
+    stored = (
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)),
+        array_gradients.sums_in_gmem(tiling(spec, config)),
+    )
+    # A state of its own, and no `jax.new_ref`: its effect would be seen outside, where
+    # custom_partitioning and custom_jvp refuse effects. What `stored` begins with is never read.
+    found = pl.run_state(launch)(
+        _Results(
+            jnp.zeros(dq_shape, jnp.float32),
+            array_gradients.zero_matrices(tiling(spec, config)),
+            jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored),
+        )
+    )
+    dk, dv, sums = found.stored
+    return found.dq_acc, dk, dv, array_gradients.Refs(sums, found.matrices)
