@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive, unmapped_aval
 from jax.interpreters import ad, batching, mlir
@@ -85,6 +86,8 @@ ad.primitive_jvps[_linear_map_p] = _jvp
 ad.primitive_transposes[_linear_map_p] = _transpose
 batching.fancy_primitive_batchers[_linear_map_p] = _batch
 mlir.register_lowering(_linear_map_p, mlir.lower_fun(_evaluate, multiple_results=True))
+# Its body may hold a custom_partitioning, which needs them and which JAX does not see there.
+prim_requires_devices_during_lowering.add(_linear_map_p)
 
 
 def both_modes(function: Any, tangent: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from pallas_flash.backends import blockwise, tile
 from pallas_flash.backends.blockwise import BlockwiseConfig, Grid
 from pallas_flash.linear_map import both_modes
 from pallas_flash.masks import schedule
-from pallas_flash.parallel import distributed
+from pallas_flash.parallel import distributed, vary_together
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import Axes, Tile, floating, map_operands
 
@@ -38,9 +38,7 @@ class View(NamedTuple):
         grid, spec = self.grid, self.grid.spec
         here = grid.tile(self.i, self.j)
         ok = grid.allowed(self.i, self.j)
-        used_q, used_kv = (
-            x.swapaxes(1, 2) for x in tile.in_use(ok, spec.num_kv_heads)
-        )
+        used_q, used_kv = (x.swapaxes(1, 2) for x in tile.in_use(ok, spec.num_kv_heads))
         # Padding may hold NaN, and so may its tangents and cotangents.
         q, k, v = jnp.where(used_q, q, 0), jnp.where(used_kv, k, 0), jnp.where(used_kv, v, 0)
         q = q.reshape(*q.shape[:2], spec.num_kv_heads, spec.group, -1)
@@ -173,6 +171,8 @@ def _loop_over_tiles(request: Request, operands: Operands, arrays: Any) -> tuple
         return lax.fori_loop(first[i], last[i], lambda j, totals: visit(i, j, totals), totals)
 
     zeros = tuple(jnp.zeros(arrays[i].shape, spec.state_dtype) for i in of.like)
+    # As in `blockwise`: inside shard_map.
+    zeros = vary_together(zeros, like=arrays)
     totals = lax.fori_loop(0, grid.blocks.num_q, query_tile, zeros)
     return tuple(x.astype(arrays[i].dtype) for x, i in zip(totals, of.like, strict=True))
 

@@ -25,11 +25,10 @@ def attention(q, k, v, *, allowed=None, change=None, scale=None, sink=None, keep
     if sink is not None:
         sink = jnp.broadcast_to(sink[..., None, None], (*s.shape[:3], 1))
         s, allowed = (jnp.concatenate(pair, -1) for pair in ((s, sink), (allowed, sink == sink)))
-        v = jnp.pad(v, ((0, 0), (0, 1), (0, 0), (0, 0)))
     some = allowed.any(-1, keepdims=True)
     s = jnp.where(allowed, s, jnp.where(some, -jnp.inf, 0.0))
     lse = jax.scipy.special.logsumexp(s, axis=-1, keepdims=True)
-    p = jnp.where(allowed, jnp.exp(s - lse), 0.0)
+    p = jnp.where(allowed, jnp.exp(s - lse), 0.0)[..., : v.shape[1]]
     if keep is not None:
         p = p * keep
     out = jnp.einsum("bhts,bshd->bthd", p, v)

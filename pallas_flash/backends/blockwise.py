@@ -19,6 +19,7 @@ from pallas_flash.backends import tile
 from pallas_flash.backends.backend import Backend
 from pallas_flash.masks import schedule
 from pallas_flash.masks.schedule import Blocks
+from pallas_flash.parallel import vary_together
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import Tile, floating, floating_axes, map_operands
 
@@ -133,9 +134,14 @@ def _rows(x: jax.Array, start: Any, size: int, axis: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _loop(count: int, first: Any, last: Any, body, carry):
+def _loop(grid: Grid, count: int, first: Any, last: Any, body, carry):
     """`body(i, carry)` for the blocks first..last of `count`; a lone block needs no loop."""
-    return body(0, carry) if count == 1 else lax.fori_loop(first, last, body, carry)
+    if count == 1:
+        return body(0, carry)
+    # Inside shard_map results vary over the mesh in their types, and so must what they begin with.
+    leaves, tree = jax.tree.flatten(carry)
+    carry = jax.tree.unflatten(tree, vary_together(leaves, like=jax.tree.leaves(grid.operands)))
+    return lax.fori_loop(first, last, body, carry)
 
 
 def _put(x: jax.Array, part: jax.Array, start: Any, axis: int) -> jax.Array:
@@ -172,7 +178,7 @@ def forward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands):
             )
 
         state = softmax_state.init(rows, spec.value_dim, spec.state_dtype)
-        state = _loop(grid.blocks.num_kv, first[i], last[i], key_tile, state)
+        state = _loop(grid, grid.blocks.num_kv, first[i], last[i], key_tile, state)
         out_tile, lse_tile = softmax_state.finalize(state)
         fresh = (q_start + lax.broadcasted_iota(jnp.int32, rows, 3)) >= i * grid.block_q
         out_tile = out_tile.astype(out.dtype)
@@ -183,7 +189,7 @@ def forward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands):
     heads = (spec.batch, spec.num_kv_heads, spec.group)
     out = jnp.zeros((*heads, spec.q_len, spec.value_dim), spec.dtype)
     lse = jnp.zeros((*heads, spec.q_len), spec.state_dtype)
-    out, lse = _loop(grid.blocks.num_q, 0, grid.blocks.num_q, query_tile, (out, lse))
+    out, lse = _loop(grid, grid.blocks.num_q, 0, grid.blocks.num_q, query_tile, (out, lse))
     return ungrouped(out, spec), lse.reshape(spec.batch, spec.num_q_heads, spec.q_len)
 
 
@@ -236,7 +242,7 @@ def backward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, l
         dk_tile, dv_tile = (jnp.zeros(x.shape, spec.state_dtype) for x in (k_tile, v_tile))
         sums = _Gradients(dq, dk_tile, dv_tile, d_score_mod)
         visit = lambda i, sums: step(i, j, k_tile, v_tile, sums)  # noqa: E731
-        sums = _loop(grid.blocks.num_q, first[j], last[j], visit, sums)
+        sums = _loop(grid, grid.blocks.num_q, first[j], last[j], visit, sums)
         dk = _put(dk, _rows(dk, kv_start, grid.block_kv, 2) + sums.dk.astype(dk.dtype), kv_start, 2)
         dv = _put(dv, _rows(dv, kv_start, grid.block_kv, 2) + sums.dv.astype(dv.dtype), kv_start, 2)
         return sums.dq, dk, dv, sums.d_score_mod
@@ -248,7 +254,9 @@ def backward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, l
         jnp.zeros_like(v),
         [jnp.zeros(x.shape, spec.state_dtype) for x in own],
     )
-    dq, dk, dv, d_score_mod = _loop(grid.blocks.num_kv, 0, grid.blocks.num_kv, key_tile, carry)
+    dq, dk, dv, d_score_mod = _loop(
+        grid, grid.blocks.num_kv, 0, grid.blocks.num_kv, key_tile, carry
+    )
     dk, dv = dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
     d_score_mod = [d.astype(x.dtype) for d, x in zip(d_score_mod, own, strict=True)]
     return ungrouped(dq, spec).astype(spec.dtype), dk, dv, d_score_mod
