@@ -4,7 +4,7 @@ Source: FlashAttention-2 (Dao 2023), sections 2.2 and 3.1. With ``P = exp(S - ls
 ``delta = rowsum(out * dout) - dlse`` the gradient of the logits is ``dS = P * (dP - delta)``; the
 term ``- dlse`` is all that a differentiable lse takes.
 
-Forward and backward are tied together by a ``custom_vjp``, which `both_modes` lets JAX differentiate
+Forward and backward are tied by a ``custom_vjp``, which `both_modes` lets JAX differentiate
 forward as well. Tangents, and the derivatives of the backward, are those of the tiles' sums
 ``drop(P) V`` and ``rowsum(P)`` at a known lse: in plain JAX, of any order (`tile_sums`).
 """
