@@ -108,7 +108,8 @@ def both_modes(function: Any, tangent: Callable[..., Any]) -> Callable[..., Any]
     def rule(static, primals, tangents):
         results, residuals = function.fwd(static, *primals)
         residuals, tree = jax.tree.flatten(residuals)
-        primal_tree, result_tree = jax.tree.structure(primals), jax.tree.structure(results)
+        primal_tree: Any = jax.tree.structure(primals)
+        result_tree = jax.tree.structure(results)
         tangents = primal_tree.flatten_up_to(tangents)
         moved = [i for i, x in enumerate(tangents) if not isinstance(x, SymbolicZero)]
 

@@ -34,7 +34,6 @@ CASES = {
     "dense-keys-and-causal": Case("dense-keys-and-causal"),
     "not-causal-or-dense": Case("not-causal-or-dense"),
     "mask-mod": Case("mask-mod"),
-    "softcap": Case("causal", "softcap"),
     "bias": Case("none", "bias"),
     "bias-of-heads": Case("window", "bias-of-heads"),
     "bias-of-keys": Case("none", "bias-of-keys"),
@@ -46,8 +45,9 @@ CASES = {
     "dropout": Case(rate=0.3),
     "dropout-segments-bias": Case("causal-segments", "bias", 0.2),
     "wide-softcap-dropout-segments": Case("causal-segments", "softcap", 0.2, WIDE),
-    "wide-function-of-score": Case("mask-mod", "gated", 0.0, WIDE),
+    "wide-arrays-of-every-kind": Case("mask-mod", "every-kind", 0.2, WIDE),
     "function": Case("causal", "gains", 0.1),
+    "function-of-queries": Case("causal-and-lengths", "function"),
 }
 
 
@@ -72,14 +72,37 @@ def _gains(z):
     )
 
 
+def _every_kind(z):
+    """Numbers, vectors along queries and keys, a matrix and a band, all made of one array."""
+    index = np.arange(z.kv_len)[None, :] - np.arange(z.q_len)[:, None] + z.q_len - 1
+
+    def made_of(a):
+        return a[:, :, :1, :1], a[:, :, :, :1], a[:, :, :1]
+
+    def band(a):
+        return jnp.tile(a[:, :, 0], (1, 1, 3))[..., : z.q_len + z.kv_len - 1]
+
+    def mod(a):
+        function = pf.ScoreFunction(_shifted, *made_of(a))
+        return pf.Chain((function, pf.Bias(a), pf.DistanceBias(band(a))))
+
+    return Score(
+        normal(4, 1, z.num_q_heads, z.q_len, z.kv_len),
+        mod,
+        lambda s, a: _shifted(s, None, None, *made_of(a)) + a + band(a)[..., index],
+    )
+
+
+def _shifted(s, q_pos, kv_pos, number, of_query, of_key):
+    return _gated(s, q_pos, kv_pos) * (1 + 0.1 * number + 0.2 * of_query) + of_key * of_query
+
+
 SCORES = SCORE_MODS | {
     "bias-of-pairs": lambda z: Score(
         normal(4, 1, z.num_q_heads, z.q_len, z.kv_len), pf.Bias, lambda s, a: s + a
     ),
-    "gated": lambda z: Score(
-        jnp.zeros(()), lambda a: pf.ScoreFunction(_gated), lambda s, a: _gated(s, None, None)
-    ),
     "gains": _gains,
+    "every-kind": _every_kind,
 }
 
 

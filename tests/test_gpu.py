@@ -147,10 +147,9 @@ def test_masks_scores_and_dropout(name, sizes, record_property):
     score = SCORES[case.score](case.sizes)
     arrays, cotangents = inputs(case.sizes, score)
     mask = MASKS_OF_ALL[case.mask](case.sizes)[0]
-    has_arrays = bool(jax.tree.leaves(score.make(score.array)))
-    if sizes == "d256" and has_arrays:
+    if (name, sizes) == ("wide-arrays-of-every-kind", "d256"):
         reason = pf.explain_backends(*arrays[:3], mask=mask, score_mod=score.make(score.array))
-        assert "gradients of score mod arrays are in the kernels up to" in reason["hopper"]
+        assert "bytes of shared memory" in reason["hopper"]
         return
 
     def ours(q, k, v, array):

@@ -157,19 +157,6 @@ def test_shared_memory_is_what_pallas_requests():
             ),
             "functions that use erf_inv are not in the Hopper kernels",
         ),
-        (
-            dataclasses.replace(
-                described(64, 64),
-                score_mod=pf.Bias(jax.ShapeDtypeStruct((1, 1, 200, 1), jnp.float32)),
-            ),
-            "gradients of arrays over queries alone are not in the kernels: Bias.array",
-        ),
-        (
-            dataclasses.replace(
-                described(136, 64), score_mod=pf.Alibi(jax.ShapeDtypeStruct((1, 4), jnp.float32))
-            ),
-            "gradients of score mod arrays are in the kernels up to head_dim 128: Alibi.slopes",
-        ),
     ],
     ids=[
         "float32",
@@ -177,8 +164,6 @@ def test_shared_memory_is_what_pallas_requests():
         "value-dim-264",
         "head-dim-68",
         "erf-inv",
-        "bias-of-queries",
-        "wide",
     ],
 )
 def test_what_the_kernels_cannot_serve_is_refused_by_name(operands, reason):

@@ -15,15 +15,12 @@ from pallas_flash.backends.hopper.config import (
     one_step_from,
 )
 from pallas_flash.backends.hopper.config import misfit as config_misfit
-from pallas_flash.backends.hopper.operands import Kind, leaves_of, spelled_out
+from pallas_flash.backends.hopper.operands import spelled_out
 from pallas_flash.backends.hopper.scores import missing_in_terms
 from pallas_flash.spec import AttentionSpec, Operands
-from pallas_flash.terms import KV, leaf_fields
 
 HEAD_DIMS = range(16, 257, 8)
 DTYPES = (jnp.bfloat16, jnp.float16)
-# Above it one warpgroup computes the probabilities and another their gradients.
-WIDEST_WITH_ARRAY_GRADIENTS = 128
 COMPUTE_CAPABILITY = "9.0"
 # ptxas of these CUDA versions, from the first to below the second, gives wrong causal masks; JAX's
 # own Pallas attention refuses them too.
@@ -46,15 +43,6 @@ def _unsupported_terms(spec: AttentionSpec) -> str | None:
     missing = missing_in_terms(spec)
     if missing:
         return f"functions that use {', '.join(missing)} are not in the Hopper kernels"
-    pairs = zip(leaf_fields(spec.score_mod), leaves_of(spec.score_mod, KV), strict=True)
-    for field, leaf in pairs:
-        if leaf.is_float and leaf.kind is Kind.PER_COLUMN:
-            return f"gradients of arrays over queries alone are not in the kernels: {field.name}"
-        if leaf.is_float and max(spec.head_dim, spec.value_dim) > WIDEST_WITH_ARRAY_GRADIENTS:
-            return (
-                f"gradients of score mod arrays are in the kernels up to head_dim "
-                f"{WIDEST_WITH_ARRAY_GRADIENTS}: {field.name}"
-            )
     return None
 
 

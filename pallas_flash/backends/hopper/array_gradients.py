@@ -3,7 +3,8 @@
 The backward has them as matrices, a number for each score. For an array along the keys, or with one
 number for a head, each block sums over its queries and stores a vector for every query head; XLA
 sums the rest: deterministic, [B, Hq, Tkv] a term. A matrix or a band of distances is added to
-float32 memory by TMA, tile by tile, in the array's own batch and heads.
+float32 memory by TMA, tile by tile, in the array's own batch and heads; so is an array along the
+queries, to one row for each row of a tile, which XLA sums.
 
 In the backward the keys are the rows of a tile.
 """
@@ -44,9 +45,14 @@ def leaves(spec: AttentionSpec) -> list[Leaf]:
     return [leaf for leaf in leaves_of(spec.score_mod, KV) if leaf.is_float]
 
 
+def is_added(leaf: Leaf) -> bool:
+    """Whether its gradient is added to memory tile by tile, and not summed over queries."""
+    return leaf.kind not in (Kind.NUMBER, Kind.PER_ROW)
+
+
 def num_sums(spec: AttentionSpec) -> int:
     """How many of them are sums over queries."""
-    return sum(not leaf.kind.is_matrix for leaf in leaves(spec))
+    return sum(not is_added(leaf) for leaf in leaves(spec))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -58,7 +64,7 @@ def in_smem(tiling: Tiling, wg_rows: int) -> Refs:
     count = num_sums(tiling.spec)
     tile = tiling.swizzle_tile(Kind.BAND, jnp.float32)
     shape = (tiling.num_rows // wg_rows, wg_rows, tiling.num_columns)
-    matrices = [tiled(shape, jnp.float32, tile) for x in leaves(tiling.spec) if x.kind.is_matrix]
+    matrices = [tiled(shape, jnp.float32, tile) for x in leaves(tiling.spec) if is_added(x)]
     sums = plgpu.SMEM((count, tiling.num_rows), jnp.float32) if count else None
     return Refs(sums, tuple(matrices))
 
@@ -71,12 +77,13 @@ def sums_in_gmem(tiling: Tiling) -> Any:
 
 
 def zero_matrices(tiling: Tiling) -> tuple[jax.Array, ...]:
-    """Float32 memory to add the gradients of matrices and bands to."""
+    """Float32 memory to add the gradients of matrices, bands and arrays along the queries to."""
     spec, zeros = tiling.spec, []
     for leaf in leaves(spec):
-        if leaf.kind is Kind.MATRIX:
+        if leaf.kind in (Kind.MATRIX, Kind.PER_COLUMN):
+            rows = tma_rows(spec.kv_len) if leaf.kind is Kind.MATRIX else tiling.num_rows
             columns = round_up(spec.q_len, tiling.swizzle_tile(leaf.kind, jnp.float32))
-            zeros.append((leaf.batch, leaf.heads, tma_rows(spec.kv_len), columns))
+            zeros.append((leaf.batch, leaf.heads, rows, columns))
         elif leaf.kind is Kind.BAND:
             zeros.append((leaf.batch, leaf.heads, tiling.num_rows, tiling.band_length))
     return tuple(jnp.zeros(shape, jnp.float32) for shape in zeros)
@@ -90,6 +97,8 @@ def folded(tiling: Tiling, score_mod: Any, found: Refs) -> list[jax.Array]:
             x = next(matrices)[:, :, : spec.kv_len, : spec.q_len].swapaxes(2, 3)
         elif leaf.kind is Kind.BAND:
             x = tiling.distances(next(matrices))
+        elif leaf.kind is Kind.PER_COLUMN:
+            x = next(matrices)[..., : spec.q_len].sum(2)
         else:
             x = found.sums[sums][..., : spec.kv_len]
             sums += 1
@@ -119,7 +128,7 @@ def add(
     new: list[Any] = []
     matrix = 0
     for leaf, x in zip(leaves(tiling.spec), found, strict=True):
-        if not leaf.kind.is_matrix:
+        if not is_added(leaf):
             new.append(sums[len(new)] + x.sum(axis=1))
             continue
         staging, array = smem.matrices[matrix].at[wg], gmem.matrices[matrix]

@@ -3,7 +3,8 @@
 The first computes P and owns dV, the second dS and dK: so an accumulator of 64 x 256 fits into
 registers, and P^T and dS^T feed it from registers. P goes through SMEM to the second warpgroup; dS
 goes through SMEM into dQ, of which each computes half the columns. The first one multiplies the dS
-of the step before, so that it need not wait for the second.
+of the step before, so that it need not wait for the second. If arrays of the score mod have
+gradients, the second one computes P by itself (`hands_p_over`).
 """
 
 from functools import partial
@@ -12,10 +13,13 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
+from pallas_flash.backends.hopper import array_gradients
 from pallas_flash.backends.hopper.backward_common import (
     Kernel,
+    Weights,
     accumulator,
     add_dq,
+    array_gradients_of,
     for_each_q_tile,
     may_hold_padding,
     per_query,
@@ -27,7 +31,7 @@ from pallas_flash.backends.hopper.backward_common import (
     weight_factors,
     zero_accumulator,
 )
-from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part
+from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part, hands_p_over
 from pallas_flash.backends.hopper.scores import dropout_factor, keep
 from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator, window
 
@@ -74,7 +78,9 @@ def _own_dk(kernel: Kernel, dk_gmem: Any) -> None:
 
     def all_tiles(dk_acc):
         step = partial(_dk_step, kernel, dk_acc)
-        for_each_q_tile(kernel, step, step)
+        masked, unmasked = partial(step, masked=True), partial(step, masked=False)
+        no_sums = array_gradients.no_sums(kernel.spec, kernel.config.block_kv)
+        for_each_q_tile(kernel, unmasked, masked, no_sums, partial(_end_of_head, kernel))
 
     dk = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.k.shape[-1]))
     # The first warpgroup reads K for its last dQ.
@@ -113,8 +119,9 @@ def _dv_step(
         return p, weights.scores.astype(kernel.spec.dtype)
 
     p, weight = pl.run_scoped(scores, accumulator(config.block_kv, config.block_q))
-    # Read by ordinary loads: no need to commit it.
-    smem.p.at[slot][...] = weight
+    if hands_p_over(kernel.spec, config):
+        # Read by ordinary loads: no need to commit it.
+        smem.p.at[slot][...] = weight
     plgpu.barrier_arrive(smem.p_ready.at[slot])
     plgpu.barrier_arrive(smem.q_free.at[q_slot])
     plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
@@ -125,25 +132,50 @@ def _dv_step(
     return q_head, q_tile
 
 
-def _dk_step(kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, _: Any) -> None:
-    """Adds one query tile's part to dK and dQ."""
+def _end_of_head(kernel: Kernel, q_head: Any, sums: Any) -> Any:
+    """Stores what was summed over a query head's tiles."""
+    if not sums:
+        return sums
+    refs = kernel.gmem.gradients, kernel.smem.gradients
+    array_gradients.store_sums(*refs, q_head * 0, kernel.place(q_head, 0), sums)
+    return array_gradients.no_sums(kernel.spec, kernel.config.block_kv)
+
+
+def _dk_step(
+    kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, sums: Any, masked: bool
+) -> Any:
+    """Adds one query tile's part to dK, dQ and the gradients of the score mod's arrays.
+
+    sums: of these gradients over the queries of this head.
+    """
     smem, config, dtype = kernel.smem, kernel.config, kernel.spec.dtype
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
     slot = stage(t, NUM_SCORE_STAGES)
-    shape = config.block_kv, config.block_q
-    part = scores_part(kernel, kernel.place(q_head, q_tile), shape, masked=False)
+    shape, own = (config.block_kv, config.block_q), pl.ds(0, config.block_kv)
+    place, computes_p = kernel.place(q_head, q_tile), not hands_p_over(kernel.spec, config)
+    part = scores_part(kernel, place, shape, masked and computes_p)
 
     def gradients(dp_acc):
         plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
         plgpu.wgmma(dp_acc, smem.v, smem.dout.at[dout_slot].transpose((1, 0)))
         delta = per_query(smem.delta.at[dout_slot])
         plgpu.barrier_wait(smem.p_ready.at[slot])
-        weight = plgpu.load(smem.p.at[slot], layout=MATRIX)
-        terms = scores_terms(kernel, t, part, pl.ds(0, config.block_kv))
+        terms = scores_terms(kernel, t, part, own)
+        if not computes_p:
+            weight = plgpu.load(smem.p.at[slot], layout=MATRIX).astype(delta.dtype)
+            dp = load_accumulator(dp_acc, wait_n=0)
+            return (weight * weight_factors(part, terms, dp, delta)).astype(dtype), sums
+        scores = accumulator(config.block_kv, config.block_q)
+        s, weights = pl.run_scoped(partial(_own_weights, kernel, q_slot, part, terms), scores)
+        # Awaited with the scores.
         dp = load_accumulator(dp_acc, wait_n=0)
-        return (weight.astype(dp.dtype) * weight_factors(part, terms, dp, delta)).astype(dtype)
+        x = weight_factors(part, terms, dp, delta)
+        of_arrays = array_gradients_of(part, terms, s, weights.p, x)
+        refs = kernel.gmem.gradients, smem.gradients
+        added = array_gradients.add(kernel.tiling, *refs, q_head * 0, place, of_arrays, sums)
+        return (weights.scores * x).astype(dtype), added
 
-    ds = pl.run_scoped(gradients, accumulator(config.block_kv, config.block_q))
+    ds, sums = pl.run_scoped(gradients, accumulator(config.block_kv, config.block_q))
     smem.ds.at[slot][...] = ds
     plgpu.commit_smem()
     plgpu.barrier_arrive(smem.ds_ready.at[slot])
@@ -154,6 +186,18 @@ def _dk_step(kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, _: A
     plgpu.wgmma_wait(0)
     _add_to_dq(kernel, 1, t, q_head, q_tile)
     plgpu.barrier_arrive(smem.q_free.at[q_slot])
+    return sums
+
+
+def _own_weights(
+    kernel: Kernel, q_slot: Any, part: Any, terms: Any, s_acc: Any
+) -> tuple[Any, Weights]:
+    """Raw scores, and P, by the second warpgroup. K and Q are there: the first has read them."""
+    smem = kernel.smem
+    plgpu.wgmma(s_acc, smem.k, smem.q.at[q_slot].transpose((1, 0)))
+    lse_log2 = per_query(smem.lse_log2.at[q_slot])
+    s = load_accumulator(s_acc, wait_n=0)
+    return s, probabilities(kernel, part, terms, s, lse_log2)
 
 
 def _add_to_dq(kernel: Kernel, wg: int, t: Any, q_head: Any, q_tile: Any) -> None:

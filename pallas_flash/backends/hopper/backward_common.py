@@ -368,8 +368,11 @@ def add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
         column = column + wg * dq.shape[1]
     else:
         row = row + wg * rows
-    # Later adds of the arrays' gradients may still read theirs.
-    later = num_buffers - 1 + len(kernel.smem.gradients.matrices)
+    # Later adds of the arrays' gradients may still read theirs. Where the warpgroups share keys the
+    # same step comes back to a buffer, without such adds between.
+    later = num_buffers - 1
+    if not config.shares_keys:
+        later += len(kernel.smem.gradients.matrices)
     for i in range(dq.shape[1] // width):
         buffer_smem = staging_smem.at[i % num_buffers]
         # The adds before have read the buffer.

@@ -71,6 +71,15 @@ def dq_part(spec: AttentionSpec, config: Any) -> tuple[int, int]:
     return config.block_q // 2, width
 
 
+def hands_p_over(spec: AttentionSpec, config: Any) -> bool:
+    """Whether one warpgroup computes P for the other one, too.
+
+    The gradients of arrays need the scores beside P, in float32, for which SMEM has no room: then
+    the other one computes both again.
+    """
+    return config.shares_keys and not array_gradients.leaves(spec)
+
+
 def storage(spec: AttentionSpec, config: Any) -> Storage:
     """What a block allocates."""
     block_q, block_kv = config.block_q, config.block_kv
@@ -98,7 +107,7 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         delta=plgpu.SMEM((config.num_dout_stages, block_q), f32),
         k=tiled((block_kv, qk.smem), dtype, qk.tile),
         v=tiled((block_kv, vo.smem), dtype, vo.tile),
-        p=tiled(score_shape, dtype, qk.tile) if shared else None,
+        p=tiled(score_shape, dtype, qk.tile) if hands_p_over(spec, config) else None,
         # Swizzled like Q and K, which it meets in products.
         ds=tiled(score_shape, dtype, qk.tile),
         dq=tiled(dq_shape, f32, dq_tile),

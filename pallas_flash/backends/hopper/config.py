@@ -134,7 +134,8 @@ class BackwardConfig:
       block_q: queries of a tile, 64 or 128.
       block_kv: keys of a block. 128: each of two warpgroups owns 64 keys and dK, dV for them; they
         split dQ by columns (block_q 64) or by rows (block_q 128). 64: the two share the keys, one
-        owns dK and one dV, for head dimensions at which both do not fit a warpgroup's registers.
+        owns dK and one dV, for head dimensions at which both do not fit a warpgroup's registers,
+        and for arrays whose larger tiles do not fit shared memory.
       num_q_stages: tiles of Q in flight.
       num_dout_stages: tiles of dO in flight.
       heads_per_group: kv heads whose blocks run next to each other, first keys first; what they
@@ -192,6 +193,9 @@ def default_backward_config(spec: AttentionSpec) -> BackwardConfig:
     tiles = [(64, block_kv, 2, 2), (64, block_kv, 2, 1), (64, block_kv, 1, 1)]
     if widest <= 64:
         tiles.insert(0, (128, 128, 2, 2))
+    if block_kv == 128:
+        # Many arrays over queries and keys: smaller tiles of them.
+        tiles.append((64, 64, 1, 1))
     return _first_that_fits(spec, [BackwardConfig(*sizes, heads) for sizes in tiles])
 
 

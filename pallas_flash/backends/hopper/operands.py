@@ -326,8 +326,13 @@ def bring(tiling: Tiling, gmem: Terms, smem: Terms, stage: Any, place: Place, re
 
 
 def matrix_part(tiling: Tiling, leaf: Leaf, place: Place) -> tuple[Any, ...]:
-    """Which part of a matrix or band in GMEM belongs to a tile."""
+    """Which part of a matrix or band in GMEM belongs to a tile.
+
+    Or of the gradient of a vector along the columns, with a row for each row of a tile.
+    """
     rows, columns = place.row_start, place.column_start
+    if leaf.kind is Kind.PER_COLUMN:
+        rows = place.batch * 0
     if leaf.kind is Kind.BAND:
         rows, columns = place.batch * 0, tiling.band_start(rows, columns)
     at = place_in(leaf, tiling.spec, place)
