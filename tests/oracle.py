@@ -24,7 +24,7 @@ def attention(q, k, v, *, allowed=None, change=None, scale=None, sink=None, keep
     allowed = jnp.broadcast_to(True if allowed is None else allowed, s.shape)
     if sink is not None:
         sink = jnp.broadcast_to(sink[..., None, None], (*s.shape[:3], 1))
-        s, allowed = (jnp.concatenate(pair, -1) for pair in ((s, sink), (allowed, sink == sink)))
+        s, allowed = (jnp.concatenate(pair, -1) for pair in ((s, sink), (allowed, sink > -jnp.inf)))
     some = allowed.any(-1, keepdims=True)
     s = jnp.where(allowed, s, jnp.where(some, -jnp.inf, 0.0))
     lse = jax.scipy.special.logsumexp(s, axis=-1, keepdims=True)
