@@ -49,6 +49,8 @@ CASES = {
     "function": Case("causal", "gains", 0.1),
     "function-of-queries": Case("causal-and-lengths", "function"),
 }
+# What is served by kernels and what is behind them together: only by a device.
+ON_A_DEVICE = CASES | {"sinks": Case("causal", "bias-then-sinks", 0.1)}
 
 
 def _gated(s, q_pos, kv_pos):
@@ -123,6 +125,11 @@ def attention(of: Any, case: Case, allowed: Any, score: Score) -> Any:
     def function(q, k, v, array):
         change = lambda s: score.change(s, array)  # noqa: E731
         out, lse = of(q, k, v, allowed=allowed, change=change, keep=keep)
+        if score.sink is not None:
+            sink = jnp.broadcast_to(score.sink(array), lse.shape[:2])[..., None]
+            weight = 1 / (1 + jnp.exp(sink - lse))
+            out = (out * weight.swapaxes(1, 2)[..., None]).astype(out.dtype)
+            lse = lse + jnp.log1p(jnp.exp(sink - lse))
         return out, jnp.where(lse == -jnp.inf, 0.0, lse)
 
     return function

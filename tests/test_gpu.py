@@ -16,7 +16,7 @@ import oracle
 import pallas_flash as pf
 from conftest import MASKS as MASKS_OF_ALL
 from conftest import Sizes, normal, qkv
-from term_cases import CASES, KEY, SCORES, inputs, judge
+from term_cases import KEY, ON_A_DEVICE, SCORES, inputs, judge
 from tolerance import assert_as_good_as_plain, assert_close_to_oracle
 
 pytestmark = pytest.mark.gpu
@@ -141,9 +141,9 @@ TERM_SIZES = {
 
 
 @pytest.mark.parametrize("sizes", TERM_SIZES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ON_A_DEVICE)
 def test_masks_scores_and_dropout(name, sizes, record_property):
-    case = CASES[name]._replace(sizes=TERM_SIZES[sizes])
+    case = ON_A_DEVICE[name]._replace(sizes=TERM_SIZES[sizes])
     score = SCORES[case.score](case.sizes)
     arrays, cotangents = inputs(case.sizes, score)
     mask = MASKS_OF_ALL[case.mask](case.sizes)[0]
@@ -229,6 +229,43 @@ def test_default_is_hopper_and_falls_back_with_a_warning():
     assert pf.explain_backends(q, k, v)["hopper"] is None
     with pytest.warns(UserWarning, match="'blockwise', which is slower than 'hopper'.*erf"):
         pf.flash_attention(q, k, v, score_mod=pf.ScoreFunction(lambda s, *_: jax.lax.erf(s)))
+
+
+def test_tangents_and_second_derivatives(record_property):
+    """The values and the first gradients are the kernels', the rest is plain JAX."""
+    sizes = Sizes(2, 200, 264, 4, 2, 64, 64)
+    mask, allowed = MASKS_OF_ALL["causal"](sizes)
+    score = SCORES["softcap-then-bias"](sizes)
+    arrays = [*qkv(sizes, jnp.bfloat16), score.array]
+    moves = [normal(20 + i, *x.shape, dtype=x.dtype) for i, x in enumerate(arrays)]
+
+    def ours(q, k, v, array):
+        return pf.flash_attention_with_lse(
+            q, k, v, mask=mask, score_mod=score.make(array), backend="hopper"
+        )
+
+    def exact(q, k, v, array):
+        return oracle.attention(q, k, v, allowed=allowed, change=lambda s: score.change(s, array))
+
+    def derivatives(function):
+        def loss(*arrays):
+            return sum(jnp.sin(x.astype(lse_dtype)).sum() for x in function(*arrays))
+
+        lse_dtype = jax.eval_shape(function, *arrays)[1].dtype
+        tangents = jax.jit(lambda x, dx: jax.jvp(function, x, dx)[1])
+        second = jax.jit(lambda x, dx: jax.jvp(jax.grad(loss, (0, 1, 2, 3)), x, dx)[1])
+        return lambda x, dx: (*tangents(x, dx), *second(x, dx))
+
+    got = derivatives(ours)(arrays, moves)
+    with jax.enable_x64(True):
+        wide = [[x.astype(jnp.float64) for x in xs] for xs in (arrays, moves)]
+        truth = derivatives(exact)(*wide)
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "d_array"), got, truth, strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        error = np.abs(a - b).max() / np.abs(b).max()
+        record_property(f"error_{name}", error)
+        # bfloat16's rounding of out and of the first gradients.
+        assert error < 0.02, name
 
 
 def test_remat_scan_and_vmap_on_the_device():
