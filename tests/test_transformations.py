@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_flash as pf
-from conftest import BACKENDS, SIZES, normal, qkv
+from conftest import BACKENDS, SIZES, Sizes, normal, qkv
+from pallas_flash.backends.blockwise import BlockwiseConfig
 
 NAMES = ("flash_attention_out", "flash_attention_lse")
 
@@ -133,3 +134,36 @@ def test_strict_promotion_of_ranks_and_dtypes(backend):
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         gradients = jax.grad(loss, argnums=(0, 1))(q, mod)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
+def test_everything_together_under_vmap_jit_and_remat():
+    """Masks with arrays, scores with gradients, a sink, dropout, and a loss of out and lse."""
+    sizes = Sizes(2, 13, 11, 4, 2, 8, 6)
+    q, k, v = qkv(sizes)
+    config = BlockwiseConfig(block_q=5, block_kv=4)
+
+    def loss(q, bias, logits, q_ids):
+        mask = (
+            pf.Causal() & pf.SegmentIds(q_ids, jnp.zeros(11, int)) & pf.KvLengths(jnp.array([9, 0]))
+        )
+        mods = pf.Chain((pf.Softcap(3.0), pf.Bias(bias), pf.Sink(logits)))
+        out, lse = pf.flash_attention_with_lse(
+            q,
+            k,
+            v,
+            mask=mask,
+            score_mod=mods,
+            dropout=pf.Dropout(0.3, jax.random.key(2)),
+            backend="blockwise",
+            config=config,
+        )
+        return jnp.sin(out).sum() + jnp.cos(lse).sum()
+
+    arrays = normal(1, 2, *q.shape), normal(2, 4, 13, 1), normal(3, 4)
+    ids = jnp.where(jnp.arange(13) < jnp.array([[9], [12]]), 0, -1)
+    gradients = jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2))
+    got = jax.jit(jax.vmap(gradients, in_axes=(0, None, None, 0)))(*arrays, ids)
+    one = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    for i in range(2):
+        for a, b in zip(got, one(arrays[0][i], *arrays[1:], ids[i])):
+            assert jnp.allclose(a[i], b, rtol=2e-5, atol=2e-5) and jnp.abs(b).max() > 1e-2
