@@ -27,6 +27,7 @@ from pallas_flash import (
     flash_attention,
     flash_attention_with_lse,
 )
+from pallas_flash.backends.blockwise import BlockwiseConfig
 from pallas_flash.parallel import distributed, sharding, vary_together
 
 GATHERS = re.compile(r"\b(all-gather|all-to-all|collective-permute)[-\w]*\(")
@@ -56,6 +57,19 @@ def make_arrays(q_heads=8, kv_heads=4, bias=(1, 1), mask=(1, 1), mapped=()):
 
 def attention(q, k, v, bias, mask):
     return flash_attention_with_lse(q, k, v, mask=DenseMask(mask), score_mod=Bias(bias))
+
+
+def in_tiles(q, k, v, bias, mask):
+    """The same with loops over tiles."""
+    return flash_attention_with_lse(
+        q,
+        k,
+        v,
+        mask=DenseMask(mask),
+        score_mod=Bias(bias),
+        backend="blockwise",
+        config=BlockwiseConfig(2, 4),
+    )
 
 
 def loss(function, *arrays):
@@ -139,6 +153,40 @@ def test_values_and_gradients_stay_local(specs, kwargs):
     (out, _), gradients = got
     assert out.sharding.is_equivalent_to(split[0].sharding, out.ndim)
     assert gradients[0].sharding.is_equivalent_to(split[0].sharding, out.ndim)
+
+
+def test_gradients_of_the_default_backend_stay_local():
+    """That of bfloat16 has the kernels in it, also where they do not run."""
+    sharding = NamedSharding(make_mesh(), BOTH_SPLIT[0])
+    x = jax.ShapeDtypeStruct((BATCH, 64, 8, 16), jnp.bfloat16, sharding=sharding)
+    gradients = jax.grad(
+        lambda *x: flash_attention(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2)
+    )
+    assert not GATHERS.findall(compiled(gradients, x, x, x).as_text())
+
+
+def along(function):
+    """Tangents, and the gradients' tangents, of the arrays along themselves."""
+
+    def run(*arrays):
+        *x, mask = arrays
+        attention = lambda *x: function(*x, mask)  # noqa: E731
+        gradients = jax.grad(functools.partial(loss, attention), argnums=ARGNUMS)
+        return jax.jvp(attention, x, x)[1], jax.jvp(gradients, x, x)[1]
+
+    return run
+
+
+def test_tangents_and_second_derivatives_stay_local():
+    arrays, mesh = make_arrays(), make_mesh()
+    specs, results = BOTH_SPLIT, (P("data", None, "model"), P("data", "model"))
+    mapped = jax.shard_map(in_tiles, mesh=mesh, in_specs=tuple(specs), out_specs=results)
+    want = jax.jit(along(in_tiles))(*arrays)
+    split = put(arrays, mesh, specs)
+    for function in (in_tiles, mapped):
+        run = compiled(along(function), *split)
+        assert not GATHERS.findall(run.as_text())
+        assert_same(run(*split), want)
 
 
 def all_terms(q, k, v, ids, lengths, table, slopes, gain, logits, key):
@@ -225,7 +273,8 @@ def test_what_cannot_stay_local_is_gathered_with_a_warning(specs, kwargs, messag
 
 @pytest.mark.quick
 def test_shard_map_over_batch_and_heads():
-    """With the types of shard_map checked, from outside and inside."""
+    """With the types of shard_map checked, from outside and inside; the loops' types too."""
+    attention = in_tiles
     arrays = make_arrays(kv_heads=1, bias=(1, 8))
     specs = (*MQA_SPLIT[:3], P(None, "model"), P())
     mesh = make_mesh()
