@@ -15,6 +15,11 @@ class ScoreMod:
         """The new scores, from scaled scores and int32 positions (from 0), elementwise."""
         raise NotImplementedError(f"{type(self).__name__} must define apply(s, q_pos, kv_pos)")
 
+    @property
+    def bound(self) -> float | None:
+        """What the new scores' absolute values never exceed, where that is known."""
+        return None
+
     def bind(self, q_len: int, kv_len: int) -> "ScoreMod":
         """The same mod, told once how long the two sequences are."""
         return self
@@ -34,6 +39,10 @@ class Chain(ScoreMod):
         for mod in self.mods:
             s = mod.apply(s, q_pos, kv_pos)
         return s
+
+    @property
+    def bound(self):
+        return self.mods[-1].bound if self.mods else None
 
     def bind(self, q_len, kv_len):
         for mod in self.mods:

@@ -27,3 +27,7 @@ class Softcap(ScoreMod):
 
     def apply(self, s, q_pos, kv_pos):
         return self.cap * jnp.tanh(s * (1.0 / self.cap))
+
+    @property
+    def bound(self):
+        return self.cap

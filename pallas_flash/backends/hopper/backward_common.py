@@ -316,8 +316,11 @@ def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: An
     if terms.score_mod is None:
         p = to_p(s * (scale * LOG2_E))
         return Weights(p, p)
-    all_of_it = partial(with_weights, probabilities=lambda logits: to_p(logits * LOG2_E))
-    return Weights(*written_out(all_of_it)(terms.score_mod, s * scale, *part.positions()))
+
+    def all_of_it(mod, s, *at):
+        return with_weights(mod, s * scale, *at, lambda logits: to_p(logits * LOG2_E))
+
+    return Weights(*written_out(all_of_it)(terms.score_mod, s, *part.positions()))
 
 
 def weight_factors(part: Part, terms: Terms, dp: Any, delta: Any) -> Any:

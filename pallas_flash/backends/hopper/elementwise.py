@@ -5,10 +5,11 @@ operation: calls are opened, and what Mosaic GPU lacks is said in other words.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -70,31 +71,87 @@ def written_out[T](function: Callable[..., T]) -> Callable[..., T]:
     """The same elementwise function of arrays, in operations that a kernel has."""
 
     def write(*args: Any, **keywords: Any) -> T:
-        program, shape = jax.make_jaxpr(function, return_shape=True)(*args, **keywords)
-        results = _write(program.jaxpr, program.consts, jax.tree.leaves((args, keywords)))
-        return jax.tree.unflatten(jax.tree.structure(shape), results)
+        return jax.tree.map(_multiplied, _results(function, args, keywords), is_leaf=_is_scaled)
 
     return write
 
 
-def _write(program: Any, consts: Any, args: Any) -> list[Any]:
-    values = dict(zip((*program.constvars, *program.invars), (*consts, *args), strict=True))
+def written_out_scaled(function: Callable[..., Any]) -> Callable[..., tuple[Any, float]]:
+    """The same of a function with one result, with a factor that it is still to be taken by."""
+    return lambda *args, **keywords: tuple(_results(function, args, keywords))
 
-    def read(variable: Any) -> Any:
-        return variable.val if isinstance(variable, core.Literal) else values[variable]
+
+class _Scaled(NamedTuple):
+    """A value that is still to be multiplied with a number: with one for several in a row."""
+
+    value: Any
+    factor: float
+
+
+def _is_scaled(x: Any) -> bool:
+    return isinstance(x, _Scaled)
+
+
+def _multiplied(x: _Scaled) -> Any:
+    return x.value if x.factor == 1.0 else x.value * x.factor
+
+
+def _results(function: Callable[..., Any], args: Any, keywords: Any) -> Any:
+    """The function's results, each `_Scaled`."""
+    program, shape = jax.make_jaxpr(function, return_shape=True)(*args, **keywords)
+    inputs = [_Scaled(x, 1.0) for x in jax.tree.leaves((args, keywords))]
+    results = _write(program.jaxpr, program.consts, inputs)
+    return jax.tree.unflatten(jax.tree.structure(shape), results)
+
+
+def _write(program: Any, consts: Any, args: list[_Scaled]) -> list[_Scaled]:
+    values = dict(zip(program.invars, args, strict=True))
+    values |= {v: _Scaled(x, 1.0) for v, x in zip(program.constvars, consts, strict=True)}
+
+    def read(variable: Any) -> _Scaled:
+        is_literal = isinstance(variable, core.Literal)
+        return _Scaled(variable.val, 1.0) if is_literal else values[variable]
 
     for equation in program.eqns:
         inputs = [read(variable) for variable in equation.invars]
         inner = _called(equation)
         if inner is not None:
             results = _write(*inner, inputs)
-        elif rewrite := _REWRITTEN.get(equation.primitive.name):
-            results = [rewrite(*inputs, **equation.params)]
+        elif (scaled := _scaled(equation, inputs)) is not None:
+            results = [scaled]
         else:
-            results = equation.primitive.bind(*inputs, **equation.params)
-            results = results if equation.primitive.multiple_results else [results]
+            results = [_Scaled(x, 1.0) for x in _bound(equation, [_multiplied(x) for x in inputs])]
         values.update(zip(equation.outvars, results, strict=True))
     return [read(variable) for variable in program.outvars]
+
+
+def _scaled(equation: Any, inputs: list[_Scaled]) -> _Scaled | None:
+    """The product of a float array with a number known when it is traced, or None if it is not."""
+    if equation.primitive.name not in ("mul", "div"):
+        return None
+    numbers = [_number(variable) for variable in equation.invars]
+    if not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
+        return None
+    if equation.primitive.name == "div":
+        array, number = inputs[0], numbers[1]
+        number = None if not number else 1.0 / number
+    else:
+        array, number = (inputs[0], numbers[1]) if numbers[0] is None else (inputs[1], numbers[0])
+    return None if number is None else array._replace(factor=array.factor * number)
+
+
+def _number(variable: Any) -> float | None:
+    """The value of a scalar literal, or None."""
+    is_literal = isinstance(variable, core.Literal) and np.ndim(variable.val) == 0
+    return float(variable.val) if is_literal else None
+
+
+def _bound(equation: Any, inputs: list[Any]) -> list[Any]:
+    """The results of one operation."""
+    if rewrite := _REWRITTEN.get(equation.primitive.name):
+        return [rewrite(*inputs, **equation.params)]
+    results = equation.primitive.bind(*inputs, **equation.params)
+    return results if equation.primitive.multiple_results else [results]
 
 
 def missing_operations(function: Callable[..., Any], *args: Any) -> list[str]:

@@ -20,7 +20,7 @@ from jax import lax
 
 from pallas_flash.backends import tile as meaning
 from pallas_flash.backends.hopper.config import Config, ForwardConfig
-from pallas_flash.backends.hopper.elementwise import written_out
+from pallas_flash.backends.hopper.elementwise import written_out_scaled
 from pallas_flash.backends.hopper.forward_storage import (
     REDUCTION_SCRATCH_BYTES,
     REGISTERS,
@@ -44,7 +44,6 @@ from pallas_flash.backends.hopper.operands import (
     Terms,
     Tiling,
     bring,
-    num_brought,
     spelled_out,
     with_numbers,
 )
@@ -62,8 +61,10 @@ from pallas_flash.backends.hopper.storage import (
     zero_matrix,
 )
 from pallas_flash.spec import AttentionSpec, Operands
-from pallas_flash.terms import Q
 
+# How large the exponent of a probability may be that was not divided by the largest one of its row:
+# bfloat16 and float32 go up to 127, and there are keys to sum over and values to multiply with.
+WIDEST_EXPONENT = 80
 COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True,
     lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
@@ -114,12 +115,21 @@ class Kernel:
         return tiling(self.spec, self.config)
 
     @property
+    def needs_maximum(self) -> bool:
+        """Whether scores must be taken less their maximum: not where exp2 of all of them fits."""
+        mod = self.spec.score_mod
+        bound = None if mod is None else mod.bound
+        return bound is None or self.spec.dtype != jnp.bfloat16 or bound * LOG2_E > WIDEST_EXPONENT
+
+    @property
     def sums_late(self) -> bool:
         """Whether the sums of rows are completed at the end of a tile only.
 
         676 to 683 TFLOP/s at head_dim 128, 525 to 532 at 64, but 724 to 686 at 256: 4 x 4096 full,
         H100, JAX 0.11.2. With a causal mask nothing was gained.
         """
+        if not self.needs_maximum:
+            return True
         return self.spec.mask is None and max(self.spec.head_dim, self.spec.value_dim) <= 128
 
     def stage(self, step: Any) -> Any:
@@ -351,7 +361,8 @@ def _first_step(kernel: Kernel, wg: Any, q: Any, t: Any, part: Part) -> State:
     """The state after a tile's first key block; `t` counts the steps of all tiles."""
     smem, stage = kernel.smem, kernel.stage(t)
     no_sums = zero_matrix(WG_ROWS, 8) if kernel.sums_late else constant_per_row(WG_ROWS, 0.0)
-    nothing = State(m_log2=constant_per_row(WG_ROWS, -jnp.inf), l=no_sums, p=None)
+    lowest = -jnp.inf if kernel.needs_maximum else 0.0
+    nothing = State(m_log2=constant_per_row(WG_ROWS, lowest), l=no_sums, p=None)
 
     def product(s_acc):
         plgpu.barrier_wait(smem.k_ready.at[stage])
@@ -386,7 +397,7 @@ def _step(kernel: Kernel, wg: Any, q: Any, t: Any, state: State, acc: Any, part:
         new, alpha = _softmax(kernel, s, state, part, terms)
         out = load_accumulator(acc, wait_n=0)
         plgpu.barrier_arrive(smem.v_free.at[v_stage])
-        acc[...] = out * widen_rows(alpha, out.shape)
+        acc[...] = out * widen_rows(alpha, out.shape) if kernel.needs_maximum else out
         # Cast behind the wait: the product still read the registers of the last P, and ptxas would
         # serialise all products (its warning C7513).
         return new._replace(p=new.p.astype(kernel.spec.dtype))
@@ -406,6 +417,10 @@ def _multiply_last(kernel: Kernel, tile: Tile, first_step: Any, state: State, ac
 def _softmax(kernel: Kernel, s: Any, state: State, part: Part, terms: Terms) -> tuple[State, Any]:
     """The state with raw scores s [64, block_kv], p in float32, and what older sums shrink by."""
     s, to_log2 = _logits(kernel, part, terms, s)
+    if not kernel.needs_maximum:
+        p = jnp.exp2(s * to_log2)
+        l = state.l + _sums(kernel, p)  # noqa: E741
+        return lax.optimization_barrier((State(state.m_log2, l, keep(terms, p)), None))
     m_log2 = jnp.maximum(state.m_log2, s.max(axis=1) * to_log2)
     shift = m_log2
     if part.is_masked or kernel.spec.score_mod is not None:
@@ -432,7 +447,7 @@ def _terms(kernel: Kernel, wg: Any, stage: Any, part: Part) -> Terms:
     """The terms of a part of a tile. Frees the stage of K, which has been multiplied."""
     own = pl.ds(wg * WG_ROWS, WG_ROWS)
     terms = part.terms(kernel.smem.tiles, stage, own)
-    if num_brought(kernel.spec, Q):
+    if part.reads_smem:
         # They were read by ordinary loads, and TMA overwrites them.
         plgpu.commit_smem()
     plgpu.barrier_arrive(kernel.smem.k_free.at[stage])
@@ -445,9 +460,10 @@ def _logits(kernel: Kernel, part: Part, terms: Terms, s: Any) -> tuple[Any, floa
     to_log2 = spec.scale * LOG2_E
     if spec.score_mod is not None:
         modified = partial(meaning.logits, scale=spec.scale)
-        s = written_out(modified)(s, *part.positions(), score_mod=terms.score_mod)
-        to_log2 = LOG2_E
-    elif to_log2 <= 0:
+        positions = part.positions()
+        s, factor = written_out_scaled(modified)(s, *positions, score_mod=terms.score_mod)
+        to_log2 = LOG2_E * factor
+    if to_log2 <= 0:
         # The maximum could not be taken before the scale.
         s, to_log2 = s * to_log2, 1.0
     if part.is_masked:

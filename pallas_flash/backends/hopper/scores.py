@@ -10,7 +10,15 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_flash.backends.hopper.elementwise import missing_operations, written_out
-from pallas_flash.backends.hopper.operands import Brought, Place, Terms, Tiling, aligned, read
+from pallas_flash.backends.hopper.operands import (
+    Brought,
+    Place,
+    Terms,
+    Tiling,
+    aligned,
+    leaves_of,
+    read,
+)
 from pallas_flash.backends.hopper.storage import MATRIX
 from pallas_flash.scores import ScoreMod
 from pallas_flash.spec import AttentionSpec
@@ -56,6 +64,13 @@ class Part:
                 for term, values, parts in of_terms
             )
         )
+
+    @property
+    def reads_smem(self) -> bool:
+        """Whether `terms` reads what the producer has brought."""
+        rows = self.tiling.rows
+        of_terms = _terms(self.tiling, self.is_masked)
+        return any(leaf.kind.needs_smem for term in of_terms for leaf in leaves_of(term, rows))
 
     def positions(self) -> tuple[Any, Any]:
         """Of queries and keys, [rows, columns] int32."""
