@@ -228,3 +228,36 @@ def test_pictures_that_do_not_exist():
         pf.Causal().show(300, 300, block_q=1, block_kv=1)
     with pytest.raises(ValueError, match="batch index 2 must be below 2"):
         pf.KvLengths(jnp.array([1, 2])).show(3, 3, batch=2)
+
+
+# A function of positions, and whether its blocks' kinds are known exactly.
+FUNCTIONS = {
+    "causal": (lambda q, k: q >= k, True),
+    "window": (lambda q, k: (q >= k) & (q - k <= 11), True),
+    "either": (lambda q, k: (k < 7) | ~(k - 5 <= q), True),
+    "chunks": (lambda q, k: q // 16 == k // 16, False),
+    "dilated": (lambda q, k: (q - k) % 4 == 0, False),
+    "far": (lambda q, k: jnp.abs(q - k) * 2 > 30, True),
+    "selected": (lambda q, k: jnp.where(q < 16, k < 16, k >= q), False),
+    "clipped": (lambda q, k: jnp.minimum(q, 20) >= jnp.maximum(k, 9), True),
+    "wraps-around": (lambda q, k: q * 2**30 < k, False),
+    "everything": (lambda q, k: True, True),
+    "by-floats": (lambda q, k: q * 0.5 < k, False),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_blocks_of_a_users_function_are_classified_safely(name):
+    function, is_exact = FUNCTIONS[name]
+    blocks = schedule.Blocks(64, 80, 8, 16, 1)
+    kinds = schedule.block_kinds(pf.MaskMod(function), blocks, np.arange(8), np.arange(5))[0, 0]
+    q, k = jnp.arange(64, dtype=jnp.int32)[:, None], jnp.arange(80, dtype=jnp.int32)[None, :]
+    allowed = np.broadcast_to(function(q, k), (64, 80)).reshape(8, 8, 5, 16)
+    full, some = allowed.all((1, 3)), allowed.any((1, 3))
+    assert full[kinds == BlockKind.FULL].all() and not some[kinds == BlockKind.SKIP].any()
+    if is_exact:
+        np.testing.assert_array_equal(kinds, full.astype(int) + some)
+    # What is not exact is not wholly unknown either, unless nothing can be known.
+    assert (kinds != BlockKind.PARTIAL).any() == (
+        name not in ("dilated", "wraps-around", "by-floats")
+    )

@@ -118,7 +118,7 @@ def test_score_mods_that_cannot_be():
         attend(pf.RelativeBias(jnp.ones((4, 3))))
     with pytest.raises(ValueError, match="max_distance=8 must be above 8"):
         attend(pf.RelativeBias(jnp.ones((4, 32)), max_distance=8))
-    with pytest.raises(ValueError, match=r"DistanceBias.values: shape=\(1, 3, 112\) must broad"):
+    with pytest.raises(ValueError, match=r"FlatEndedBias.values: shape=\(1, 3, 112\) must"):
         attend(pf.RelativeBias(jnp.ones((3, 32))))
     with pytest.raises(TypeError, match="function of ScoreFunction captures an array of shape"):
         attend(pf.ScoreFunction(lambda s, q, k: s + array))

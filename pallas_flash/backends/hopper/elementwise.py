@@ -13,6 +13,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from pallas_flash.programs import called
+
 
 def _floor(x: Any, **_: Any) -> Any:
     nearest = lax.round(x, lax.RoundingMethod.TO_NEAREST_EVEN)
@@ -52,19 +54,6 @@ _LOWERED = frozenset(
     )
     for name in names.split()
 )
-# Where a call keeps the program that it calls.
-_CALLED = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-
-
-def _called(equation: Any) -> tuple[Any, Any] | None:
-    """The program that an equation calls and its constants, or None."""
-    if equation.primitive.name in ("cond", "scan", "while"):
-        return None
-    for name in _CALLED:
-        inner = equation.params.get(name)
-        if inner is not None:
-            return getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-    return None
 
 
 def written_out[T](function: Callable[..., T]) -> Callable[..., T]:
@@ -114,7 +103,7 @@ def _write(program: Any, consts: Any, args: list[_Scaled]) -> list[_Scaled]:
 
     for equation in program.eqns:
         inputs = [read(variable) for variable in equation.invars]
-        inner = _called(equation)
+        inner = called(equation)
         if inner is not None:
             results = _write(*inner, inputs)
         elif (scaled := _scaled(equation, inputs)) is not None:
@@ -159,7 +148,7 @@ def missing_operations(function: Callable[..., Any], *args: Any) -> list[str]:
 
     def names(program: Any) -> Iterator[str]:
         for equation in program.eqns:
-            inner = _called(equation)
+            inner = called(equation)
             if inner is not None:
                 yield from names(inner[0])
             elif equation.primitive.name not in _LOWERED | _REWRITTEN.keys():
