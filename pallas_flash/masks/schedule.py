@@ -50,16 +50,18 @@ def block_kinds(mask: Mask | None, blocks: Blocks, q_index: Any, kv_index: Any) 
     # Both span all blocks: a mask need not look at both.
     none = (q_index + kv_index) * 0
     q_lo, kv_lo = q_index * blocks.block_q + none, kv_index * blocks.block_kv + none
-    xp = np if isinstance(none, np.ndarray) and not jax.tree.leaves(mask) else jnp
+    xp: Any = np if isinstance(none, np.ndarray) else jnp
     if mask is None:
         kinds = none + BlockKind.FULL
     else:
+        # Parts of a mask that hold no arrays are classified when the program is traced.
         q_hi = xp.minimum(q_lo + blocks.block_q, blocks.q_len) - 1
         kv_hi = xp.minimum(kv_lo + blocks.block_kv, blocks.kv_len) - 1
         kinds = _per_block(mask, blocks, {"q": q_index, "kv": kv_index}).block_kind(
             q_lo, q_hi, kv_lo, kv_hi
         )
     over_the_end = (kv_lo + blocks.block_kv > blocks.kv_len) & (kinds > BlockKind.PARTIAL)
+    xp = np if xp is np and not jax.tree.leaves(mask) else jnp
     return xp.asarray(kinds - over_the_end.astype(np.int32), np.int32)
 
 
