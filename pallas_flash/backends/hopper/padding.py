@@ -95,41 +95,52 @@ def without_unused(x: jax.Array, unused: Any, columns: Columns, block: int) -> S
     rows = jnp.repeat(of_tiles, block, axis=-1)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, whole - rows.shape[-1])))
     is_written = rows.reshape(*rows.shape[:2], -1, ROWS).any(-1)
-    clean = _clean(x, unused.astype(jnp.int32), is_written.astype(jnp.int32), columns)
-    of_rows = of_tiles.any((1, 2))
-    return Source(x, clean, of_tiles.astype(jnp.int32), of_rows.astype(jnp.int32))
+    of_rows = of_tiles.any((1, 2)).astype(jnp.int32)
+    flags = Flags(unused.astype(jnp.int32), is_written.astype(jnp.int32), of_rows)
+    return Source(x, _clean(x, flags, columns), of_tiles.astype(jnp.int32), of_rows)
 
 
-def _clean(x: jax.Array, unused: jax.Array, is_written: jax.Array, columns: Columns) -> jax.Array:
-    """`x` with zeros in unused rows, in those tiles of `ROWS` rows that are to be written.
+class Flags(NamedTuple):
+    """What `_clean` is told, int32.
 
-    unused: [B, h, T over whole tiles] int32; is_written: [B, h, tiles] int32.
+    unused: [B, h, T over whole tiles]; is_written: [B, h, tiles]; of_rows: [B], whether there is
+    anything to write.
     """
-    batch, _, num_heads, _ = x.shape
-    num_tiles = is_written.shape[-1]
 
-    def clean_tiles(x_gmem, unused_gmem, is_written_gmem, out_gmem, smem, ready):
+    unused: Any
+    is_written: Any
+    of_rows: Any
+
+
+def _clean(x: jax.Array, flags: Flags, columns: Columns) -> jax.Array:
+    """`x` with zeros in unused rows, in those tiles of `ROWS` rows that are to be written."""
+    batch, _, num_heads, _ = x.shape
+    num_tiles = flags.is_written.shape[-1]
+
+    def clean_tiles(x_gmem, gmem, out_gmem, smem, ready):
         index = lax.axis_index("block")
         row, tile = lax.div(index, jnp.int32(num_tiles)), lax.rem(index, jnp.int32(num_tiles))
 
         def one_head(head, _):
-            at = row, head if unused.shape[1] > 1 else row * 0
-
-            pl.when(read_scalar(is_written_gmem, *at, tile) != 0)(lambda: clean_tile(head, at))
+            at = row, head if flags.unused.shape[1] > 1 else row * 0
+            pl.when(read_scalar(gmem.is_written, *at, tile) != 0)(lambda: clean_tile(head, at))
 
         def clean_tile(head, at):
             plgpu.copy_gmem_to_smem(window(x_gmem, row, tile * ROWS, head, smem), smem, ready)
             plgpu.barrier_wait(ready)
             value = plgpu.load(smem, layout=MATRIX, optimized=False)
-            flags = unused_gmem.at[*at, pl.ds(tile * ROWS, ROWS)]
-            flags = plgpu.load(flags, layout=PER_ROW, optimized=False)
-            is_unused = lax.broadcast_in_dim(flags, value.shape, [0]) != 0
+            unused = gmem.unused.at[*at, pl.ds(tile * ROWS, ROWS)]
+            unused = plgpu.load(unused, layout=PER_ROW, optimized=False)
+            is_unused = lax.broadcast_in_dim(unused, value.shape, [0]) != 0
             smem[...] = jnp.where(is_unused, jnp.zeros_like(value), value)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(smem, window(out_gmem, row, tile * ROWS, head, smem))
             plgpu.wait_smem_to_gmem(0)
 
-        lax.fori_loop(jnp.int32(0), jnp.int32(num_heads), one_head, None)
+        # Asked first, as most rows have none: a look at every head takes its time.
+        @pl.when(read_scalar(gmem.of_rows, row) != 0)
+        def _():
+            lax.fori_loop(jnp.int32(0), jnp.int32(num_heads), one_head, None)
 
     return plgpu.kernel(
         clean_tiles,
@@ -138,4 +149,4 @@ def _clean(x: jax.Array, unused: jax.Array, is_written: jax.Array, columns: Colu
         grid_names=("block",),
         scratch_types=(tiled((ROWS, columns.smem), x.dtype, columns.tile), plgpu.Barrier()),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(x, unused, is_written)
+    )(x, flags)
