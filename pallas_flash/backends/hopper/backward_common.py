@@ -317,8 +317,8 @@ def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: An
         p = to_p(s * (scale * LOG2_E))
         return Weights(p, p)
 
-    def all_of_it(mod, s, *at):
-        return with_weights(mod, s * scale, *at, lambda logits: to_p(logits * LOG2_E))
+    def all_of_it(mod, s, q_pos, kv_pos):
+        return with_weights(mod, s * scale, q_pos, kv_pos, lambda x: to_p(x * LOG2_E))
 
     return Weights(*written_out(all_of_it)(terms.score_mod, s, *part.positions()))
 
