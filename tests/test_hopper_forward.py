@@ -249,7 +249,7 @@ def test_a_missing_wait_or_fence_is_caught(monkeypatch, name, index):
 @pytest.mark.parametrize("commits", [True, False])
 def test_a_missing_fence_behind_the_matrices_of_a_mask_is_caught(monkeypatch, commits):
     if not commits:
-        monkeypatch.setattr(module, "num_brought", lambda spec, rows: 0)
+        monkeypatch.setattr(module.Part, "reads_smem", False)
     mask = pf.DenseMask(jnp.ones((1, 1, 70, 150), bool))
     p = problem(Case(70, 150, 1, 1, 16, 16, mask=mask, config=TURNS))
     run = jax.jit(lambda o: module.forward(p.spec, p.config, o))
