@@ -14,6 +14,8 @@ from tolerance import assert_as_good_as_plain
 KEY = jax.random.key(5)
 SMALL = Sizes(2, 70, 140, 2, 1, 32, 32)
 WIDE = SMALL._replace(batch=1, head_dim=144, value_dim=24)
+# Tiles far from the diagonal, on both sides.
+FAR = Sizes(1, 270, 384, 1, 1, 16, 16)
 
 
 class Case(NamedTuple):
@@ -27,7 +29,6 @@ class Case(NamedTuple):
 
 # The kernels' own tests have masks without arrays, and lengths.
 CASES = {
-    "segments": Case("segments"),
     "causal-segments": Case("causal-segments"),
     "segments-in-any-order": Case("segments-in-any-order"),
     "dense": Case("dense"),
@@ -40,11 +41,13 @@ CASES = {
     "softcap-then-bias": Case("causal-segments", "softcap-then-bias"),
     "shared-bias-and-keys": Case("dense-keys-and-causal", "bias-of-pairs"),
     "alibi": Case("causal", "alibi"),
-    "relative-bias": Case("none", "relative-bias"),
     "relative-bias-causal": Case("causal-and-lengths", "relative-bias-causal"),
+    "far-relative-bias": Case("none", "relative-bias", 0.0, FAR),
+    "far-relative-bias-causal-chain": Case("causal", "softcap-then-relative-bias", 0.1, FAR),
     "dropout": Case(rate=0.3),
     "dropout-segments-bias": Case("causal-segments", "bias", 0.2),
     "wide-softcap-dropout-segments": Case("causal-segments", "softcap", 0.2, WIDE),
+    "wide-relative-bias": Case("causal", "softcap-then-relative-bias", 0.0, WIDE),
     "wide-arrays-of-every-kind": Case("mask-mod", "every-kind", 0.2, WIDE),
     "function": Case("causal", "gains", 0.1),
     "function-of-queries": Case("causal-and-lengths", "function"),
@@ -99,12 +102,21 @@ def _shifted(s, q_pos, kv_pos, number, of_query, of_key):
     return _gated(s, q_pos, kv_pos) * (1 + 0.1 * number + 0.2 * of_query) + of_key * of_query
 
 
+def _softcap_relative_bias(z):
+    score = SCORE_MODS["relative-bias-causal"](z)
+    return score._replace(
+        make=lambda a: pf.Chain((pf.Softcap(2.0), score.make(a))),
+        change=lambda s, a: score.change(2.0 * jnp.tanh(s / 2.0), a),
+    )
+
+
 SCORES = SCORE_MODS | {
     "bias-of-pairs": lambda z: Score(
         normal(4, 1, z.num_q_heads, z.q_len, z.kv_len), pf.Bias, lambda s, a: s + a
     ),
     "gains": _gains,
     "every-kind": _every_kind,
+    "softcap-then-relative-bias": _softcap_relative_bias,
 }
 
 

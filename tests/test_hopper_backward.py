@@ -265,30 +265,37 @@ class OfHeads(pf.Mask):
 
 
 @functools.cache
-def mutation_problem(block_kv: int) -> Problem:
-    """One block that reuses its stages and scrubs its keys, without oracle."""
+def mutation_problem(block_kv: int, function: str = "") -> Problem:
+    """One block that reuses its stages and scrubs its keys, without oracle.
+
+    function: the one that is mutated; it may be there for bands of near tiles alone.
+    """
     config = BackwardConfig(64, block_kv, 2, 1, 2)
     q, k = jnp.ones((1, 300, 3, 32), jnp.bfloat16), jnp.ones((1, 60, 1, 32), jnp.bfloat16)
     of_scores = jnp.ones((1, 1, 300, 60))
     mask = pf.KvLengths(lengths(50)) & pf.DenseMask(of_scores > 0) & OfHeads(lengths(1, 0, 0)[None])
     # Where the warpgroups share their keys there are no gradients of arrays.
     mods = (pf.Bias(of_scores), pf.Bias(of_scores[:, :, :1]), pf.Bias(of_scores))
-    operands = Operands(q, k, k, mask, None if block_kv == 64 else pf.Chain(mods))
+    mod = None if block_kv == 64 else pf.Chain(mods)
+    if function in ("_load_near", "scores_terms"):
+        mod = pf.RelativeBias(jnp.ones((1, 8)), max_distance=40).bind(300, 60)
+        # Or the producer waits for the end of the step before.
+        config = dataclasses.replace(config, num_dout_stages=2)
+    operands = Operands(q, k, k, mask, mod)
     row = jnp.ones((1, 3, 300), jnp.float32)
     spec = AttentionSpec.of(operands, 0.1)
     return Problem(spec, with_backward(spec, config), operands, (row, row, q), None, None)
 
 
-@pytest.mark.parametrize("block_kv", [64, 128])
-def test_the_kernel_that_is_mutated_below_has_no_races(block_kv):
-    assert not interpret(mutation_problem(block_kv))[1]
+@pytest.mark.parametrize("of", [(64,), (128,), (128, "_load_near")], ids=str)
+def test_the_kernel_that_is_mutated_below_has_no_races(of):
+    assert not interpret(mutation_problem(*of))[1]
 
 
 @interpreted
 @pytest.mark.parametrize(("module", "function", "guard", "line"), list(guards()))
 def test_a_missing_wait_or_fence_is_caught(monkeypatch, module, function, guard, line):
-    del function
-    p = mutation_problem(64 if module == "backward_by_roles" else 128)
+    p = mutation_problem(64 if module == "backward_by_roles" else 128, function)
     monkeypatch.setattr(MODULES[module], "plgpu", Without(guard, line))
     assert is_caught(interpretable(p), p.operands, *p.residuals)
 

@@ -125,22 +125,66 @@ def runs(kinds: Any) -> Any:
     return xp.stack([start, full_first, full_last, last], axis=-1).astype(np.int32)
 
 
-def kv_schedule(mask: Mask | None, blocks: Blocks) -> Any:
-    """For every query tile the key blocks to visit: [B or 1, Hq or 1, num_q_blocks, 4] int32."""
+def runs_around(kinds: Any, leads: np.ndarray, trails: np.ndarray) -> Any:
+    """Four numbers a tile where blocks at both ends of the visited ones are simpler.
+
+    The first block, the first and the last (exclusive) of those in between, the last. At least one
+    lies in between, unless there is nothing to visit.
+
+    leads, trails: which blocks are simpler if they are FULL too, before and behind the others.
+    """
+    xp = np if isinstance(kinds, np.ndarray) else jnp
+    first, _, _, last = (runs(kinds)[..., i, None] for i in range(4))
+    index = np.arange(kinds.shape[-1], dtype=np.int32)
+    is_full = kinds == BlockKind.FULL
+    stops = (index >= first) & ((is_full & leads) == False)  # noqa: E712
+    begin = xp.min(xp.where(stops, index, last), axis=-1, keepdims=True)
+    begin = xp.minimum(begin, last)
+    goes_on = (index < last) & ((is_full & trails) == False)  # noqa: E712
+    end = xp.max(xp.where(goes_on, index + 1, begin), axis=-1, keepdims=True)
+    is_empty = begin == end
+    has_room = begin > first
+    begin, end = (
+        xp.where(is_empty & has_room, begin - 1, begin),
+        xp.where(is_empty & (has_room == False) & (end < last), end + 1, end),  # noqa: E712
+    )
+    return xp.concatenate([first, begin, end, last], axis=-1).astype(np.int32)
+
+
+def _sides(blocks: Blocks, near: tuple[int, int], q: Any, kv: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Which blocks lie wholly before and after `ScoreMod.near`: [len(q), len(kv)] bool."""
+    q_lo, kv_lo = q[:, None] * blocks.block_q, kv[None, :] * blocks.block_kv
+    q_hi, kv_hi = q_lo + blocks.block_q - 1, kv_lo + blocks.block_kv - 1
+    return kv_hi - q_lo <= near[0], kv_lo - q_hi >= near[1]
+
+
+def kv_schedule(mask: Mask | None, blocks: Blocks, near: tuple[int, int] | None = None) -> Any:
+    """For every query tile the key blocks to visit: [B or 1, Hq or 1, num_q_blocks, 4] int32.
+
+    near: of the score mod; if it is given the numbers are those of `runs_around`.
+    """
     everything = np.arange(blocks.num_kv, dtype=np.int32)
 
     def part(tiles):
-        return runs(block_kinds(mask, blocks, tiles, everything))
+        kinds = block_kinds(mask, blocks, tiles, everything)
+        if near is None:
+            return runs(kinds)
+        return runs_around(kinds, *_sides(blocks, near, tiles, everything))
 
     return _in_parts(mask, blocks, blocks.num_q, part)
 
 
-def q_schedule(mask: Mask | None, blocks: Blocks) -> Any:
+def q_schedule(mask: Mask | None, blocks: Blocks, near: tuple[int, int] | None = None) -> Any:
     """For every key tile the query blocks to visit: [B or 1, Hq or 1, num_kv_blocks, 4] int32."""
     everything = np.arange(blocks.num_q, dtype=np.int32)
 
     def part(tiles):
-        return runs(block_kinds(mask, blocks, everything, tiles).swapaxes(-1, -2))
+        kinds = block_kinds(mask, blocks, everything, tiles).swapaxes(-1, -2)
+        if near is None:
+            return runs(kinds)
+        before, after = _sides(blocks, near, everything, tiles)
+        # The first queries come before the keys.
+        return runs_around(kinds, after.T, before.T)
 
     return _in_parts(mask, blocks, blocks.num_kv, part)
 

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_flash.scores.score_mod import ScoreMod
+from pallas_flash.scores.bias import Bias
+from pallas_flash.scores.score_mod import AFTER, NEAR, ScoreMod
 from pallas_flash.terms import operand, term
 
 
@@ -20,3 +21,31 @@ class DistanceBias(ScoreMod):
 
     def apply(self, s, q_pos, kv_pos):
         return s + self.values.astype(s.dtype)
+
+
+@term
+class FlatEndedBias(ScoreMod):
+    """A `DistanceBias` whose numbers are all the same from two distances on.
+
+    A backend may read and give the gradients of these to `before` and `after`: who makes the arrays
+    of something smaller must add both up.
+
+    Args:
+      values: of `DistanceBias`.
+      before, after: floating point, broadcastable to [B, Hq]; the numbers for the distances from
+        ``near[0]`` down and from ``near[1]`` up.
+      near: the two distances.
+    """
+
+    values: jax.Array = operand("batch", "heads", "distance", dtype=jnp.floating)
+    before: jax.Array = operand("batch", "heads", dtype=jnp.floating)
+    after: jax.Array = operand("batch", "heads", dtype=jnp.floating)
+    near: tuple[int, int] = (0, 0)
+
+    def apply(self, s, q_pos, kv_pos):
+        return self.at(NEAR).apply(s, q_pos, kv_pos)
+
+    def at(self, where):
+        if where == NEAR:
+            return DistanceBias(self.values)
+        return Bias(self.after if where == AFTER else self.before)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_flash.scores.distance_bias import DistanceBias
+from pallas_flash.scores.distance_bias import FlatEndedBias
 from pallas_flash.scores.score_mod import ScoreMod
 from pallas_flash.terms import parameter, term
 
@@ -46,13 +46,22 @@ class RelativeBias(ScoreMod):
                 f"{table.dtype}{list(table.shape)}"
             )
         # Every distance once, outside of the kernels: what they return is a gradient for each
-        # distance, and the gather below adds these up, in float32 at least.
-        distances = jnp.arange(1 - q_len, kv_len, dtype=jnp.int32) - self.offset
+        # distance, and the sum below adds these up, in float32 at least.
+        far = self._far(table.shape[1])
+        near = self.offset - int(far[-1]), self.offset + int(far[-1] if self.bidirectional else 0)
         wide = table.astype(jnp.promote_types(table.dtype, jnp.float32))
-        return DistanceBias(jnp.take(wide, self._bucket(distances, table.shape[1]), axis=1)[None])
 
-    def _bucket(self, distances: jax.Array, num_buckets: int) -> jax.Array:
-        """The bucket [n] int32 of distances ``kv_pos - q_pos`` [n]."""
+        def numbers(distances):
+            bucket = self._bucket(np.asarray(distances) - self.offset, far, table.shape[1])
+            # A sum forward and backward: XLA's scatter takes longer, and adds in any order.
+            is_it = jnp.asarray(bucket, jnp.int32) == jnp.arange(table.shape[1])[:, None]
+            return jnp.where(is_it, wide[:, :, None], 0).sum(1)[None]
+
+        before, after = (numbers([x])[..., 0] for x in near)
+        return FlatEndedBias(numbers(np.arange(1 - q_len, kv_len)), before, after, near)
+
+    def _far(self, num_buckets: int) -> np.ndarray:
+        """The first distance of every bucket for several, and the first of the last one."""
         per_side = num_buckets // 2 if self.bidirectional else num_buckets
         near = per_side // 2
         if near < 1:
@@ -66,8 +75,13 @@ class RelativeBias(ScoreMod):
         growth = math.log(self.max_distance / near) / count
         # The first distance of each bucket from `near` on; the slack keeps exact powers exact.
         starts = [math.ceil(near * math.exp(growth * i) - 1e-6) for i in range(1, count)]
-        far = np.array([near, *starts], np.int32)
-        away = jnp.abs(distances) if self.bidirectional else jnp.maximum(-distances, 0)
-        beyond = jnp.searchsorted(jnp.asarray(far), away, side="right").astype(jnp.int32)
-        bucket = jnp.where(away < near, away, near - 1 + beyond)
+        return np.array([near, *starts], np.int32)
+
+    def _bucket(self, distances: np.ndarray, far: np.ndarray, num_buckets: int) -> np.ndarray:
+        """The bucket [n] of distances ``kv_pos - q_pos`` [n]; far: of `_far`."""
+        per_side = num_buckets // 2 if self.bidirectional else num_buckets
+        near = per_side // 2
+        away = np.abs(distances) if self.bidirectional else np.maximum(-distances, 0)
+        beyond = np.searchsorted(far, away, side="right")
+        bucket = np.where(away < near, away, near - 1 + beyond)
         return bucket + per_side * (distances > 0) if self.bidirectional else bucket

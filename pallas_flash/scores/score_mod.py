@@ -4,6 +4,9 @@ from typing import Any
 
 from pallas_flash.terms import subterm, term
 
+# Where a score lies by its distance ``kv_pos - q_pos``: within `ScoreMod.near`, or on a side of it.
+NEAR, BEFORE, AFTER = "near", "before", "after"
+
 
 class ScoreMod:
     """``score -> score``, elementwise; its arrays get true gradients in their own shape.
@@ -19,6 +22,15 @@ class ScoreMod:
     def bound(self) -> float | None:
         """What the new scores' absolute values never exceed, where that is known."""
         return None
+
+    @property
+    def near(self) -> tuple[int, int] | None:
+        """Two distances, from the first of which down and from the second up it is simpler."""
+        return None
+
+    def at(self, where: str) -> "ScoreMod":
+        """What it is `NEAR`, `BEFORE` or `AFTER`; of its arrays no others than it needs there."""
+        return self
 
     def bind(self, q_len: int, kv_len: int) -> "ScoreMod":
         """The same mod, told once how long the two sequences are."""
@@ -43,6 +55,14 @@ class Chain(ScoreMod):
     @property
     def bound(self):
         return self.mods[-1].bound if self.mods else None
+
+    @property
+    def near(self):
+        found = [mod.near for mod in self.mods if mod.near is not None]
+        return (min(x for x, _ in found), max(x for _, x in found)) if found else None
+
+    def at(self, where):
+        return Chain(tuple(mod.at(where) for mod in self.mods))
 
     def bind(self, q_len, kv_len):
         for mod in self.mods:

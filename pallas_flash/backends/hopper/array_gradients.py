@@ -85,7 +85,7 @@ def zero_matrices(tiling: Tiling) -> tuple[jax.Array, ...]:
             columns = round_up(spec.q_len, tiling.swizzle_tile(leaf.kind, jnp.float32))
             zeros.append((leaf.batch, leaf.heads, rows, columns))
         elif leaf.kind is Kind.BAND:
-            zeros.append((leaf.batch, leaf.heads, tiling.num_rows, tiling.band_length))
+            zeros.append((leaf.batch, leaf.heads, tiling.num_rows, tiling.band_length(leaf.near)))
     return tuple(jnp.zeros(shape, jnp.float32) for shape in zeros)
 
 
@@ -96,7 +96,7 @@ def folded(tiling: Tiling, score_mod: Any, found: Refs) -> list[jax.Array]:
         if leaf.kind is Kind.MATRIX:
             x = next(matrices)[:, :, : spec.kv_len, : spec.q_len].swapaxes(2, 3)
         elif leaf.kind is Kind.BAND:
-            x = tiling.distances(next(matrices))
+            x = tiling.distances(leaf.near, next(matrices))
         elif leaf.kind is Kind.PER_COLUMN:
             x = next(matrices)[..., : spec.q_len].sum(2)
         else:
@@ -123,13 +123,17 @@ def add(
 ) -> tuple[Any, ...]:
     """The sums with what a tile adds to them; adds its matrices to memory, asynchronously.
 
-    place: of the whole tile; found: the gradients [64, block_q] of this warpgroup's keys.
+    place: of the whole tile; found: the gradients [64, block_q] of this warpgroup's keys, None for
+    arrays that have none here.
     """
     new: list[Any] = []
     matrix = 0
     for leaf, x in zip(leaves(tiling.spec), found, strict=True):
         if not is_added(leaf):
-            new.append(sums[len(new)] + x.sum(axis=1))
+            new.append(sums[len(new)] if x is None else sums[len(new)] + x.sum(axis=1))
+            continue
+        if x is None:
+            matrix += 1
             continue
         staging, array = smem.matrices[matrix].at[wg], gmem.matrices[matrix]
         matrix += 1

@@ -3,6 +3,7 @@
 dQ is added to a float32 array by TMA; zeroing and casting it is XLA's.
 """
 
+import dataclasses
 import itertools
 from typing import Any, NamedTuple
 
@@ -16,7 +17,6 @@ from jax import lax
 from pallas_flash.backends.hopper import array_gradients, backward_by_keys, backward_by_roles
 from pallas_flash.backends.hopper.backward_common import (
     MATH_REGISTERS,
-    NUM_MATH_WGS,
     PRODUCER_REGISTERS,
     Block,
     GlobalRefs,
@@ -24,9 +24,12 @@ from pallas_flash.backends.hopper.backward_common import (
     Runs,
     load_tiles,
     may_hold_padding,
+    with_rows,
 )
 from pallas_flash.backends.hopper.backward_storage import (
+    NUM_MATH_WGS,
     query_columns,
+    seen,
     storage,
     tiling,
     value_columns,
@@ -34,6 +37,7 @@ from pallas_flash.backends.hopper.backward_storage import (
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.operands import (
     Terms,
+    near_of,
     rows_share_matrices,
     spelled_out,
     with_numbers,
@@ -42,6 +46,7 @@ from pallas_flash.backends.hopper.padding import without_unused
 from pallas_flash.backends.hopper.storage import LOG2_E, locate, padded, round_up, tma_rows
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
 from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.terms import floating
 
 
 def _compiler_params(config: BackwardConfig) -> plgpu.CompilerParams:
@@ -62,8 +67,8 @@ def backward(
 
     lse, delta: [B, Hq, Tq] float32, natural log; dout: [B, Tq, Hq, Dv].
     """
-    spec, operands = spelled_out(spec), with_numbers(operands)
-    tiles = config.backward
+    tiles, whole = config.backward, operands
+    spec, operands = seen(spelled_out(spec), tiles), seen(with_numbers(operands), tiles)
     qk, vo = query_columns(spec, tiles), value_columns(spec)
     runs, schedule = _schedule(spec, tiles, operands.mask)
     # P and dS are 0 there, but 0 * NaN would reach dK and dV.
@@ -84,20 +89,34 @@ def backward(
     dq_acc, dk, dv, of_arrays = _launch(spec, tiles, runs, inputs)
     dq = (dq_acc[:, : spec.q_len, :, : spec.head_dim] * spec.scale).astype(spec.dtype)
     dk = dk[:, : spec.kv_len, :, : spec.head_dim]
-    d_score_mod = array_gradients.folded(tiling(spec, tiles), operands.score_mod, of_arrays)
+    of_seen = array_gradients.folded(tiling(spec, tiles), operands.score_mod, of_arrays)
+    d_score_mod = _of_all(whole, tiles, of_seen)
     return dq, dk, dv[:, : spec.kv_len, :, : spec.value_dim], d_score_mod
+
+
+def _of_all(operands: Operands, config: BackwardConfig, gradients: list[Any]) -> list[Any]:
+    """The gradients of all the score mod's arrays, from those of the arrays that are `seen`."""
+    arrays, rebuild = floating(operands.score_mod)
+
+    def those_seen(arrays):
+        changed = dataclasses.replace(operands, score_mod=rebuild(arrays))
+        return floating(seen(changed, config).score_mod)[0]
+
+    return jax.vjp(those_seen, arrays)[1](gradients)[0]
 
 
 def _schedule(spec: AttentionSpec, config: BackwardConfig, mask: Any) -> tuple[Runs, Any]:
     """Which loops a block runs, and their bounds where they differ between blocks."""
-    if mask is None and spec.kv_len % config.block_kv == 0:
+    near = near_of(spec.score_mod)
+    if mask is None and spec.kv_len % config.block_kv == 0 and near is None:
         return Runs(False, True, False), None
     blocks = Blocks(spec.q_len, spec.kv_len, config.block_q, config.block_kv, spec.batch)
-    bounds = q_schedule(mask, blocks)
+    bounds = q_schedule(mask, blocks, near)
     if not isinstance(bounds, np.ndarray):
         return Runs(True, True, True), bounds
     edges = [bounds[..., column] for column in (FIRST, FULL_FIRST, FULL_LAST, LAST)]
-    runs = Runs(*(bool((low < high).any()) for low, high in itertools.pairwise(edges)))
+    has_any = [bool((low < high).any()) for low, high in itertools.pairwise(edges)]
+    runs = Runs(*has_any) if near is None else Runs(has_any[1], has_any[0], has_any[2])
     return runs, jnp.asarray(bounds)
 
 
@@ -154,7 +173,9 @@ def _launch(
         @pl.when(wg < NUM_MATH_WGS)
         def _():
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
-            compute(kernel, wg, dk_gmem, dv_gmem)
+            if smem.near_free is not None:
+                plgpu.barrier_arrive(smem.near_free.at[wg])
+            compute(with_rows(kernel, wg), wg, dk_gmem, dv_gmem)
 
     def launch(results):
         dk, dv, sums = plgpu.kernel(

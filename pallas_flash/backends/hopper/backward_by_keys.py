@@ -30,7 +30,7 @@ from pallas_flash.backends.hopper.backward_common import (
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, WG_KEYS, dq_part
-from pallas_flash.backends.hopper.scores import dropout_factor, keep
+from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import load_accumulator, window
 
 
@@ -46,9 +46,8 @@ def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
 
     def all_tiles(accs):
         step = partial(_step, kernel, wg, accs)
-        unmasked, masked = partial(step, masked=False), partial(step, masked=True)
         no_sums = array_gradients.no_sums(kernel.spec, WG_KEYS)
-        for_each_q_tile(kernel, unmasked, masked, no_sums, partial(_end_of_head, kernel, wg))
+        for_each_q_tile(kernel, step, no_sums, partial(_end_of_head, kernel, wg))
 
     dk, dv = pl.run_state(all_tiles)(
         (
@@ -85,7 +84,7 @@ def _end_of_head(kernel: Kernel, wg: Any, q_head: Any, sums: Any) -> Any:
 
 
 def _step(
-    kernel: Kernel, wg: Any, accs: Any, t: Any, q_head: Any, q_tile: Any, sums: Any, masked: bool
+    kernel: Kernel, wg: Any, accs: Any, t: Any, q_head: Any, q_tile: Any, sums: Any, zone: Zone
 ) -> Any:
     """Adds one query tile's part to dK, dV (registers), dQ (memory) and the arrays' gradients.
 
@@ -99,7 +98,7 @@ def _step(
     ds_slot = stage(t, NUM_SCORE_STAGES)
     place = kernel.place(q_head, q_tile)
     own_place = place._replace(row_start=place.row_start + wg * WG_KEYS)
-    part = scores_part(kernel, own_place, (WG_KEYS, config.block_q), masked)
+    part = scores_part(kernel, own_place, (WG_KEYS, config.block_q), zone)
 
     def products(s_acc, dp_acc):
         plgpu.barrier_wait(smem.q_ready.at[q_slot])

@@ -32,7 +32,7 @@ from pallas_flash.backends.hopper.backward_common import (
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part, hands_p_over
-from pallas_flash.backends.hopper.scores import dropout_factor, keep
+from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator, window
 
 
@@ -62,8 +62,7 @@ def _own_dv(kernel: Kernel, dv_gmem: Any) -> None:
 
     def all_tiles(dv_acc):
         step = partial(_dv_step, kernel, dv_acc)
-        masked, unmasked = partial(step, masked=True), partial(step, masked=False)
-        t, last = for_each_q_tile(kernel, unmasked, masked, (zero, zero))
+        t, last = for_each_q_tile(kernel, step, (zero, zero))
         _add_to_dq(kernel, 0, t - 1, *last)
 
     dv = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.v.shape[-1]))
@@ -78,9 +77,8 @@ def _own_dk(kernel: Kernel, dk_gmem: Any) -> None:
 
     def all_tiles(dk_acc):
         step = partial(_dk_step, kernel, dk_acc)
-        masked, unmasked = partial(step, masked=True), partial(step, masked=False)
         no_sums = array_gradients.no_sums(kernel.spec, kernel.config.block_kv)
-        for_each_q_tile(kernel, unmasked, masked, no_sums, partial(_end_of_head, kernel))
+        for_each_q_tile(kernel, step, no_sums, partial(_end_of_head, kernel))
 
     dk = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.k.shape[-1]))
     # The first warpgroup reads K for its last dQ.
@@ -99,14 +97,14 @@ def _store(kernel: Kernel, value: Any, staging_smem: Any, array_gmem: Any) -> No
 
 
 def _dv_step(
-    kernel: Kernel, dv_acc: Any, t: Any, q_head: Any, q_tile: Any, before: Any, masked: bool
+    kernel: Kernel, dv_acc: Any, t: Any, q_head: Any, q_tile: Any, before: Any, zone: Zone
 ) -> Any:
     """Adds one query tile's part to dV, and the tile's before to dQ."""
     smem, config = kernel.smem, kernel.config
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
     slot = stage(t, NUM_SCORE_STAGES)
     shape = config.block_kv, config.block_q
-    part = scores_part(kernel, kernel.place(q_head, q_tile), shape, masked)
+    part = scores_part(kernel, kernel.place(q_head, q_tile), shape, zone)
 
     def scores(s_acc):
         plgpu.barrier_wait(smem.q_ready.at[q_slot])
@@ -142,7 +140,7 @@ def _end_of_head(kernel: Kernel, q_head: Any, sums: Any) -> Any:
 
 
 def _dk_step(
-    kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, sums: Any, masked: bool
+    kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, sums: Any, zone: Zone
 ) -> Any:
     """Adds one query tile's part to dK, dQ and the gradients of the score mod's arrays.
 
@@ -153,7 +151,8 @@ def _dk_step(
     slot = stage(t, NUM_SCORE_STAGES)
     shape, own = (config.block_kv, config.block_q), pl.ds(0, config.block_kv)
     place, computes_p = kernel.place(q_head, q_tile), not hands_p_over(kernel.spec, config)
-    part = scores_part(kernel, place, shape, masked and computes_p)
+    zone = zone._replace(is_masked=zone.is_masked and computes_p)
+    part = scores_part(kernel, place, shape, zone)
 
     def gradients(dp_acc):
         plgpu.barrier_wait(smem.dout_ready.at[dout_slot])

@@ -20,13 +20,25 @@ import numpy as np
 from jax import lax
 
 from pallas_flash.backends.hopper import array_gradients
-from pallas_flash.backends.hopper.backward_storage import Storage, tiling
+from pallas_flash.backends.hopper.backward_storage import NUM_MATH_WGS, WG_KEYS, Storage, tiling
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.elementwise import written_out
-from pallas_flash.backends.hopper.operands import Place, Terms, Tiling, bring
+from pallas_flash.backends.hopper.operands import (
+    Place,
+    Terms,
+    Tiling,
+    bring,
+    bring_near,
+    leaves_of,
+    near_of,
+    read_rows,
+    rows_differ_by_head,
+    used,
+)
 from pallas_flash.backends.hopper.padding import Source
 from pallas_flash.backends.hopper.scores import (
     Part,
+    Zone,
     dropout_factor,
     gradients_of_arrays,
     keep,
@@ -41,10 +53,10 @@ from pallas_flash.backends.hopper.storage import (
     zero_matrix,
 )
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST
+from pallas_flash.scores.score_mod import AFTER, BEFORE, NEAR
 from pallas_flash.spec import AttentionSpec
+from pallas_flash.terms import KV
 
-# Math warpgroups of a block; one more warpgroup only issues TMA loads.
-NUM_MATH_WGS = 2
 # Registers a thread: 128 * (24 + 2 * 240) stay within the 64 K of an SM.
 PRODUCER_REGISTERS, MATH_REGISTERS = 24, 240
 
@@ -79,16 +91,23 @@ class Block(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """Which of the three successive loops over query tiles can have anything to do."""
+    """Which of the three successive loops over query tiles can have anything to do.
 
-    masked_before: bool
-    unmasked: bool
-    masked_after: bool
+    Masked, unmasked, masked; or where tiles beyond `ScoreMod.near` are simpler the near ones, those
+    whose keys come after it, and those whose keys come before.
+    """
+
+    first: bool
+    second: bool
+    third: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch: what is static, the refs, and the block."""
+    """One launch: what is static, the refs, and the block.
+
+    of_rows: of a warpgroup's keys what `read_rows` gives, where it is the same for all query heads.
+    """
 
     spec: AttentionSpec
     config: BackwardConfig
@@ -96,6 +115,11 @@ class Kernel:
     gmem: GlobalRefs
     smem: Storage
     block: Block
+    of_rows: Terms | None = None
+
+    @property
+    def near(self) -> tuple[int, int] | None:
+        return near_of(self.spec.score_mod)
 
     @property
     def kv_start(self) -> Any:
@@ -135,43 +159,35 @@ def stage(step: Any, count: int) -> Any:
 
 def for_each_q_tile(
     kernel: Kernel,
-    unmasked: Callable,
-    masked: Callable,
+    step: Callable,
     carry: Any = None,
     end_of_head: Callable = lambda q_head, carry: carry,
 ) -> tuple[Any, Any]:
-    """Calls ``carry = step(t, q_head, q_tile, carry)`` for the tiles to visit, t = 0, 1, ..
+    """Calls ``carry = step(t, q_head, q_tile, carry, zone)`` for the tiles to visit, t = 0, 1, ..
 
     There is always a first step, outside of any loop, even if the mask then allows nothing. Behind
     the tiles of each query head comes ``carry = end_of_head(q_head, carry)``. Returns the number of
     steps and the last carry.
     """
-    runs = kernel.runs
 
     def one_head(index, state, is_first):
         t, carry = state
         q_head = kernel.q_head(index)
-        first, full_first, full_last, last = _edges(kernel, q_head)
-
-        def loop(start, end, step, carry):
-            def body(q_tile, carry):
-                return step(t + (q_tile - first), q_head, q_tile, carry)
-
-            return lax.fori_loop(start, end, body, carry)
-
-        begin = first
+        edges = _edges(kernel, q_head)
         if is_first:
             # Peeled: ptxas spills less in the loops, +3% at head_dim 128, H100, JAX 0.11.2.
-            step = masked if runs.masked_before or runs.masked_after else unmasked
-            carry = step(t, q_head, first, carry)
-            begin, last = first + 1, jnp.maximum(last, first + 1)
-        if runs.masked_before:
-            carry = loop(begin, full_first, masked, carry)
-        if runs.unmasked:
-            carry = loop(jnp.maximum(begin, full_first), full_last, unmasked, carry)
-        if runs.masked_after:
-            carry = loop(jnp.maximum(begin, full_last), last, masked, carry)
-        return t + (last - first), end_of_head(q_head, carry)
+            q_tile = edges[0] if kernel.near is None else edges[1]
+            carry = step(t, q_head, q_tile, carry, _zone_of_first(kernel))
+        loops, num_steps = _loops(kernel, edges, is_first)
+        for has_any, loop in zip(kernel.runs, loops, strict=True):
+            if has_any:
+                before, zone = t + loop.before, loop.zone
+
+                def body(q_tile, carry, before=before, zone=zone):
+                    return step(before + q_tile, q_head, q_tile, carry, zone)
+
+                carry = lax.fori_loop(loop.begin, loop.end, body, carry)
+        return t + num_steps, end_of_head(q_head, carry)
 
     zero = kernel.block.kv_tile * 0
     state = one_head(zero, (zero, carry), is_first=True)
@@ -179,6 +195,48 @@ def for_each_q_tile(
         return state
     one, group = jnp.int32(1), jnp.int32(kernel.spec.group)
     return lax.fori_loop(one, group, partial(one_head, is_first=False), state)
+
+
+class _Loop(NamedTuple):
+    """Successive query tiles; `before` and a tile's number are the number of its step."""
+
+    begin: Any
+    end: Any
+    zone: Zone
+    before: Any
+
+
+def _zone_of_first(kernel: Kernel) -> Zone:
+    """Of the first step of all: it may be any."""
+    return Zone(kernel.near is not None or kernel.runs.first or kernel.runs.third)
+
+
+def _loops(kernel: Kernel, edges: Any, is_first: bool) -> tuple[list[_Loop], Any]:
+    """The loops over a head's query tiles, without the first step of all; the number of steps.
+
+    edges: four numbers of `runs` or `runs_around`.
+    """
+    first, begin, end, last = edges
+    if kernel.near is not None:
+        next_tile = begin
+        if is_first:
+            next_tile = begin + 1
+            end = jnp.maximum(end, next_tile)
+            last = jnp.maximum(last, end)
+        near = _Loop(next_tile, end, Zone(True), 0 - begin)
+        after = _Loop(first, begin, Zone(False, AFTER), end - begin - first)
+        return [near, after, _Loop(end, last, Zone(False, BEFORE), 0 - first)], last - first
+    next_tile = first
+    if is_first:
+        next_tile = first + 1
+        last = jnp.maximum(last, next_tile)
+        end, begin = jnp.maximum(end, next_tile), jnp.maximum(begin, next_tile)
+    loops = [
+        _Loop(next_tile, begin, Zone(True), 0 - first),
+        _Loop(begin, end, Zone(False), 0 - first),
+        _Loop(end, last, Zone(True), 0 - first),
+    ]
+    return loops, last - first
 
 
 def _edges(kernel: Kernel, q_head: Any) -> tuple[Any, Any, Any, Any]:
@@ -222,14 +280,18 @@ def load_tiles(kernel: Kernel) -> None:
         *(smem.dout_ready, smem.dout_free, config.num_dout_stages),
     )
 
-    def load(t, q_head, q_tile, _):
+    def load(t, q_head, q_tile, _, zone):
         _load_stage(kernel, q, t, q_head, q_tile)
         slot, place = stage(t, config.num_q_stages), kernel.place(q_head, q_tile)
         ready = smem.q_ready.at[slot]
         bring(kernel.tiling, gmem.terms, smem.tiles, slot, place, ready)
         _load_stage(kernel, dout, t, q_head, q_tile)
+        if smem.near_ready is not None and zone.where == NEAR:
+            _load_near(kernel, place)
 
-    steps, _ = for_each_q_tile(kernel, load, load)
+    steps, _ = for_each_q_tile(kernel, load)
+    if smem.near_free is not None:
+        _drain(smem.near_free, NUM_MATH_WGS, NUM_MATH_WGS)
     _drain(smem.q_free, config.num_q_stages, steps)
     _drain(smem.dout_free, config.num_dout_stages, steps)
 
@@ -248,6 +310,15 @@ def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any
     plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot], ready)
 
 
+def _load_near(kernel: Kernel, place: Place) -> None:
+    """Loads what only near tiles read, for each math warpgroup as soon as it has read the last."""
+    smem = kernel.smem
+    for wg in range(NUM_MATH_WGS):
+        plgpu.barrier_wait(smem.near_free.at[wg])
+        own, ready = (wg * WG_KEYS, WG_KEYS), smem.near_ready.at[wg]
+        bring_near(kernel.tiling, kernel.gmem.terms, smem.tiles, place, own, ready)
+
+
 def _drain(free: Any, num_stages: int, steps: Any) -> None:
     """Waits for the last use of every stage.
 
@@ -263,14 +334,37 @@ def _drain(free: Any, num_stages: int, steps: Any) -> None:
         wait(slot)
 
 
-def scores_part(kernel: Kernel, place: Place, shape: tuple[int, int], masked: bool) -> Part:
+def scores_part(kernel: Kernel, place: Place, shape: tuple[int, int], zone: Zone) -> Part:
     """The scores of some keys of a tile."""
-    return Part.of(kernel.tiling, kernel.gmem.terms, place, shape, masked)
+    of_rows = kernel.of_rows
+    if of_rows is None:
+        of_rows = read_rows(kernel.tiling, kernel.gmem.terms, place, shape[0])
+    return Part.of(kernel.tiling, kernel.gmem.terms, of_rows, place, shape, zone)
+
+
+def with_rows(kernel: Kernel, wg: Any) -> Kernel:
+    """The kernel of a warpgroup with what its keys have of the terms' arrays, read once."""
+    if rows_differ_by_head(kernel.spec, KV):
+        return kernel
+    place = kernel.place(kernel.q_head(0), 0)
+    if not kernel.config.shares_keys:
+        place = place._replace(row_start=place.row_start + wg * WG_KEYS)
+    of_rows = read_rows(kernel.tiling, kernel.gmem.terms, place, WG_KEYS)
+    return dataclasses.replace(kernel, of_rows=of_rows)
 
 
 def scores_terms(kernel: Kernel, t: Any, part: Part, own: Any) -> Terms:
     """The terms of some keys of a tile, `own` of its rows."""
-    return part.terms(kernel.smem.tiles, stage(t, kernel.config.num_q_stages), own)
+    smem = kernel.smem
+    if not part.is_near:
+        return part.terms(smem.tiles, stage(t, kernel.config.num_q_stages), own)
+    wg = lax.axis_index("wg")
+    plgpu.barrier_wait(smem.near_ready.at[wg])
+    terms = part.terms(smem.tiles, stage(t, kernel.config.num_q_stages), own)
+    # Read by ordinary loads, and TMA overwrites it.
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(smem.near_free.at[wg])
+    return terms
 
 
 def _allowed(kernel: Kernel, part: Part, terms: Terms) -> Any:
@@ -285,7 +379,9 @@ def _allowed(kernel: Kernel, part: Part, terms: Terms) -> Any:
         conditions.append(q_pos < spec.q_len)
     if spec.mask is not None:
         conditions.append(part.allowed(terms))
-    assert conditions, "a masked loop without anything to mask"
+    if not conditions:
+        assert kernel.near is not None, "a masked loop without anything to mask"
+        return None
     return functools.reduce(operator.and_, conditions)
 
 
@@ -333,12 +429,16 @@ def weight_factors(part: Part, terms: Terms, dp: Any, delta: Any) -> Any:
 def array_gradients_of(part: Part, terms: Terms, s: Any, p: Any, x: Any) -> list[Any]:
     """What each score of a part adds to the gradients of the score mod's arrays.
 
-    x: of `weight_factors`.
+    None for those that are not used there. x: of `weight_factors`.
     """
     if not array_gradients.leaves(part.tiling.spec):
         return []
-    scaled = s * part.tiling.spec.scale
-    return written_out(gradients_of_arrays)(terms.score_mod, scaled, *part.positions(), p * x)
+    mod, scaled = part.tiling.spec.score_mod, s * part.tiling.spec.scale
+    leaves = leaves_of(mod, KV)
+    here = [i for i in used(mod, part.zone.where) if leaves[i].is_float]
+    found = written_out(gradients_of_arrays)(terms.score_mod, scaled, *part.positions(), p * x)
+    by_leaf = dict(zip(here, found, strict=True))
+    return [by_leaf.get(i) for i, leaf in enumerate(leaves) if leaf.is_float]
 
 
 def scrub(tile_smem: Any) -> None:
@@ -371,10 +471,11 @@ def add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
         column = column + wg * dq.shape[1]
     else:
         row = row + wg * rows
-    # Later adds of the arrays' gradients may still read theirs. Where the warpgroups share keys the
-    # same step comes back to a buffer, without such adds between.
+    # Later adds of the arrays' gradients may still read theirs; but not every tile has these where
+    # some are near and some are not. Where the warpgroups share keys the same step comes back to a
+    # buffer, without such adds between.
     later = num_buffers - 1
-    if not config.shares_keys:
+    if not config.shares_keys and kernel.near is None:
         later += len(kernel.smem.gradients.matrices)
     for i in range(dq.shape[1] // width):
         buffer_smem = staging_smem.at[i % num_buffers]

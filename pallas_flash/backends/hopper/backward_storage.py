@@ -1,5 +1,6 @@
 """SMEM and barriers of the backward kernels."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 from pallas_flash.backends.hopper import array_gradients
 from pallas_flash.backends.hopper.operands import Terms, Tiling, in_smem, num_brought
 from pallas_flash.backends.hopper.storage import Columns, head_columns, tiled
-from pallas_flash.spec import AttentionSpec
+from pallas_flash.scores.score_mod import NEAR
+from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import KV
 
 # dS (and P) are written for step t + 1 while the other warpgroup still multiplies those of step t.
@@ -20,7 +22,8 @@ class Storage(NamedTuple):
 
     ds and p hold scores of two steps, dq each warpgroup's part of a tile or, in turn, of its
     columns. p and p_ready exist where the warpgroups share the keys. tiles: what is brought of the
-    terms' arrays, in stages with q. gradients: of the score mod's arrays, on their way out.
+    terms' arrays, in stages with q; near_ready, near_free: of what only near tiles read, for each
+    warpgroup. gradients: of the score mod's arrays, on their way out.
     """
 
     q: Any
@@ -41,11 +44,27 @@ class Storage(NamedTuple):
     ds_ready: Any
     k_read: Any
     tiles: Terms
+    near_ready: Any
+    near_free: Any
     gradients: array_gradients.Refs
 
 
+# Math warpgroups of a block; one more warpgroup only issues TMA loads.
+NUM_MATH_WGS = 2
 # Keys of a math warpgroup: the rows of one wgmma.
 WG_KEYS = 64
+
+
+def seen[T: (AttentionSpec, Operands)](owner: T, config: Any) -> T:
+    """What the kernel sees of a request: in some configurations all tiles are near.
+
+    Where warpgroups share their keys, since what only near tiles read is brought for each one's own
+    keys; with one stage of queries, since at head_dim 128 sums for the others have no room beside.
+    """
+    has_others = not config.shares_keys and config.num_q_stages > 1
+    if has_others or owner.score_mod is None:
+        return owner
+    return dataclasses.replace(owner, score_mod=owner.score_mod.at(NEAR))
 
 
 def tiling(spec: AttentionSpec, config: Any) -> Tiling:
@@ -100,6 +119,8 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         # Two arrivals: one from each math warpgroup, or one for each of two TMA copies.
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
+    tiles = tiling(spec, config)
+    num_near = num_brought(tiles, near=True)
     return Storage(
         q=tiled((config.num_q_stages, block_q, qk.smem), dtype, qk.tile),
         lse_log2=plgpu.SMEM((config.num_q_stages, block_q), f32),
@@ -112,13 +133,15 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         ds=tiled(score_shape, dtype, qk.tile),
         dq=tiled(dq_shape, f32, dq_tile),
         kv_ready=barriers(),
-        q_ready=barriers(config.num_q_stages, 2 + num_brought(spec, KV)),
+        q_ready=barriers(config.num_q_stages, 2 + num_brought(tiles)),
         dout_ready=barriers(config.num_dout_stages),
         q_free=barriers(config.num_q_stages),
         dout_free=barriers(config.num_dout_stages),
         p_ready=barriers(NUM_SCORE_STAGES, arrivals=1) if shared else None,
         ds_ready=barriers(NUM_SCORE_STAGES, arrivals=1 if shared else 2),
         k_read=barriers(arrivals=1 if shared else 2),
-        tiles=in_smem(tiling(spec, config), config.num_q_stages),
-        gradients=array_gradients.in_smem(tiling(spec, config), WG_KEYS),
+        tiles=in_smem(tiles, config.num_q_stages),
+        near_ready=barriers(NUM_MATH_WGS, num_near) if num_near else None,
+        near_free=barriers(NUM_MATH_WGS, 1) if num_near else None,
+        gradients=array_gradients.in_smem(tiles, WG_KEYS),
     )

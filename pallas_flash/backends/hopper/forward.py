@@ -44,11 +44,13 @@ from pallas_flash.backends.hopper.operands import (
     Terms,
     Tiling,
     bring,
+    bring_near,
+    read_rows,
     spelled_out,
     with_numbers,
 )
 from pallas_flash.backends.hopper.padding import Source, unused_keys, without_unused
-from pallas_flash.backends.hopper.scores import Part, dropout_factor, keep
+from pallas_flash.backends.hopper.scores import Part, Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import (
     LN_2,
     LOG2_E,
@@ -221,8 +223,12 @@ def _load(kernel: Kernel) -> None:
         def load(i, _):
             load_k(i)
             load_v(i - 1)
+            if smem.near_ready is not None:
+                pl.when(i < tile.num_near)(lambda: _load_near(kernel, tile, i))
 
         load_k(jnp.int32(0))
+        if smem.near_ready is not None:
+            _load_near(kernel, tile, jnp.int32(0))
         lax.fori_loop(jnp.int32(1), tile.num_steps, load, None)
         load_v(tile.num_steps - 1)
         return first_step + tile.num_steps
@@ -235,6 +241,10 @@ def _load(kernel: Kernel) -> None:
         def _(stage=stage):
             plgpu.barrier_wait(smem.k_free.at[stage])
             plgpu.barrier_wait(smem.v_free.at[stage])
+
+    if smem.near_free is not None:
+        for wg in range(kernel.config.num_warpgroups):
+            plgpu.barrier_wait(smem.near_free.at[wg])
 
 
 class Stream(NamedTuple):
@@ -260,12 +270,27 @@ def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream, look
     source.load(looks, tile.batch, kv_head, tile.kv_block(i), target, ready.at[stage])
 
 
+def _place(kernel: Kernel, tile: Tile, i: Any) -> Place:
+    """Of the scores of a tile's step `i`."""
+    config = kernel.config
+    starts = tile.index * config.block_q, tile.kv_block(i) * config.block_kv
+    return Place(tile.batch, tile.q_head, *starts)
+
+
 def _bring_terms(kernel: Kernel, tile: Tile, t: Any, i: Any) -> None:
     """Loads what the terms hold for a tile's step `i`, behind its keys."""
-    smem, config, stage = kernel.smem, kernel.config, kernel.stage(t)
-    starts = tile.index * config.block_q, tile.kv_block(i) * config.block_kv
-    place, ready = Place(tile.batch, tile.q_head, *starts), smem.k_ready.at[stage]
+    smem, stage = kernel.smem, kernel.stage(t)
+    place, ready = _place(kernel, tile, i), smem.k_ready.at[stage]
     bring(kernel.tiling, kernel.gmem.terms, smem.tiles, stage, place, ready)
+
+
+def _load_near(kernel: Kernel, tile: Tile, i: Any) -> None:
+    """Loads what only near tiles read, for each warpgroup as soon as it has read the last."""
+    smem, place = kernel.smem, _place(kernel, tile, i)
+    for wg in range(kernel.config.num_warpgroups):
+        plgpu.barrier_wait(smem.near_free.at[wg])
+        own, ready = (wg * WG_ROWS, WG_ROWS), smem.near_ready.at[wg]
+        bring_near(kernel.tiling, kernel.gmem.terms, smem.tiles, place, own, ready)
 
 
 def _load_q(kernel: Kernel, wg: Any, tile: Tile) -> None:
@@ -294,8 +319,11 @@ def _compute(kernel: Kernel, wg: Any) -> None:
     # multiplies. The first one's turn comes first.
     last_wg = kernel.config.num_warpgroups - 1
     pl.when(wg == last_wg)(lambda: _pass_turn(kernel, wg))
+    if smem.near_free is not None:
+        plgpu.barrier_arrive(smem.near_free.at[wg])
 
     def compute_tile(tile, following, step):
+        of_rows = _read_rows(kernel, wg, tile)
         plgpu.barrier_wait(_q_ready(kernel, wg, tile))
         load_next_q = partial(following, partial(_load_q, kernel, wg))
         loads_early = kernel.config.num_q_stages > 1
@@ -303,7 +331,7 @@ def _compute(kernel: Kernel, wg: Any) -> None:
             load_next_q()
 
         def with_accumulator(acc):
-            state = _attend(kernel, wg, tile, step, acc)
+            state = _attend(kernel, wg, tile, step, acc, of_rows)
             # The tile of q has served, unless the result is staged in it.
             if smem.out is not None and not loads_early:
                 load_next_q()
@@ -321,26 +349,35 @@ def _compute(kernel: Kernel, wg: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _attend(kernel: Kernel, wg: Any, tile: Tile, first_step: Any, acc: Any) -> State:
+def _read_rows(kernel: Kernel, wg: Any, tile: Tile) -> Terms:
+    """What the terms' arrays hold for a warpgroup's queries."""
+    place = _place(kernel, tile, jnp.int32(0))
+    place = place._replace(row_start=place.row_start + wg * WG_ROWS)
+    return read_rows(kernel.tiling, kernel.gmem.terms, place, WG_ROWS)
+
+
+def _attend(
+    kernel: Kernel, wg: Any, tile: Tile, first_step: Any, acc: Any, of_rows: Terms
+) -> State:
     """The state after all key blocks of a tile; acc lacks the last one."""
     q_start = tile.index * kernel.config.block_q + wg * WG_ROWS
 
-    def scores(i, is_masked):
-        place = Place(tile.batch, tile.q_head, q_start, tile.kv_block(i) * kernel.config.block_kv)
+    def scores(i, zone):
+        place = _place(kernel, tile, i)._replace(row_start=q_start)
         shape = WG_ROWS, kernel.config.block_kv
-        return Part.of(kernel.tiling, kernel.gmem.terms, place, shape, is_masked)
+        return Part.of(kernel.tiling, kernel.gmem.terms, of_rows, place, shape, zone)
 
-    def step(i, state, is_masked):
-        return _step(kernel, wg, q, first_step + i, state, acc, scores(i, is_masked))
+    def step(i, state, zone):
+        return _step(kernel, wg, q, first_step + i, state, acc, scores(i, zone))
 
     q = _q_of(kernel, wg, tile)
-    first_part = scores(jnp.int32(0), not kernel.walk.starts_full)
+    first_part = scores(jnp.int32(0), Zone(not kernel.walk.starts_full))
     state = _first_step(kernel, wg, q, first_step, first_part)
-    for i, is_masked in enumerate((True, False, True)):
+    for i, zone in enumerate(kernel.walk.zones):
         if kernel.walk.runs[i]:
             # The first step is done.
             start, end = jnp.maximum(tile.runs[i], 1), tile.runs[i + 1]
-            state = lax.fori_loop(start, end, partial(step, is_masked=is_masked), state)
+            state = lax.fori_loop(start, end, partial(step, zone=zone), state)
     return state
 
 
@@ -445,12 +482,16 @@ def _sums(kernel: Kernel, p: Any) -> Any:
 
 def _terms(kernel: Kernel, wg: Any, stage: Any, part: Part) -> Terms:
     """The terms of a part of a tile. Frees the stage of K, which has been multiplied."""
-    own = pl.ds(wg * WG_ROWS, WG_ROWS)
-    terms = part.terms(kernel.smem.tiles, stage, own)
+    smem, own = kernel.smem, pl.ds(wg * WG_ROWS, WG_ROWS)
+    if part.is_near:
+        plgpu.barrier_wait(smem.near_ready.at[wg])
+    terms = part.terms(smem.tiles, stage, own)
     if part.reads_smem:
         # They were read by ordinary loads, and TMA overwrites them.
         plgpu.commit_smem()
-    plgpu.barrier_arrive(kernel.smem.k_free.at[stage])
+    if part.is_near:
+        plgpu.barrier_arrive(smem.near_free.at[wg])
+    plgpu.barrier_arrive(smem.k_free.at[stage])
     return terms
 
 
@@ -466,9 +507,10 @@ def _logits(kernel: Kernel, part: Part, terms: Terms, s: Any) -> tuple[Any, floa
     if to_log2 <= 0:
         # The maximum could not be taken before the scale.
         s, to_log2 = s * to_log2, 1.0
-    if part.is_masked:
+    is_cut = spec.kv_len % block_kv != 0
+    if part.is_masked and (spec.mask is not None or is_cut):
         allowed = part.allowed(terms)
-        if allowed is None or spec.kv_len % block_kv:
+        if is_cut:
             inside = part.positions()[1] < spec.kv_len
             allowed = inside if allowed is None else allowed & inside
         s = jnp.where(allowed, s, -jnp.inf)

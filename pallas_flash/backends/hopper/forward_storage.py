@@ -34,7 +34,8 @@ class Storage(NamedTuple):
     The leading axis of out and lse counts warpgroups, that of k and v stages, those of q stages and
     warpgroups. `out` is None where there is no room, and the result is staged in the tile of q.
     `turn` orders the warpgroups' use of the matrix units, or is None. tiles: what is brought of the
-    terms' arrays, in stages with k.
+    terms' arrays, in stages with k; near_ready, near_free: of what only near tiles read, for each
+    warpgroup, or None.
     """
 
     q: Any
@@ -49,6 +50,8 @@ class Storage(NamedTuple):
     v_free: Any
     turn: Any
     tiles: Terms
+    near_ready: Any
+    near_free: Any
 
 
 def query_columns(spec: AttentionSpec) -> Columns:
@@ -81,6 +84,8 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     """The scratch types of a block."""
     wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
     qk, vo = query_columns(spec), value_columns(spec, block_kv)
+    tiles = tiling(spec, config)
+    num_near = num_brought(tiles, near=True)
     separate = Storage(
         q=tiled((config.num_q_stages, wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
         k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
@@ -88,12 +93,14 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         out=tiled((wgs, WG_ROWS, vo.smem), spec.dtype, vo.tile),
         lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
         q_ready=plgpu.Barrier(num_barriers=config.num_q_stages * wgs),
-        k_ready=plgpu.Barrier(num_arrivals=1 + num_brought(spec, Q), num_barriers=stages),
+        k_ready=plgpu.Barrier(num_arrivals=1 + num_brought(tiles), num_barriers=stages),
         v_ready=plgpu.Barrier(num_barriers=stages),
         k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         turn=plgpu.Barrier(num_barriers=wgs) if config.takes_turns else None,
-        tiles=in_smem(tiling(spec, config), stages),
+        tiles=in_smem(tiles, stages),
+        near_ready=plgpu.Barrier(num_arrivals=num_near, num_barriers=wgs) if num_near else None,
+        near_free=plgpu.Barrier(num_barriers=wgs) if num_near else None,
     )
     # The result can be staged in the queries' place if the next ones are not on their way there.
     out_fits_q = config.num_q_stages == 1 and vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)

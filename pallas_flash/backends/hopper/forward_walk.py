@@ -10,32 +10,46 @@ from jax import lax
 
 from pallas_flash.backends.hopper import assignment
 from pallas_flash.backends.hopper.config import ForwardConfig
-from pallas_flash.backends.hopper.operands import rows_share_matrices
+from pallas_flash.backends.hopper.operands import near_of, rows_share_matrices
+from pallas_flash.backends.hopper.scores import Zone
 from pallas_flash.backends.hopper.storage import read_scalar
 from pallas_flash.masks import Mask
 from pallas_flash.masks.schedule import Blocks, kv_schedule
+from pallas_flash.scores.score_mod import AFTER, BEFORE
 from pallas_flash.spec import AttentionSpec
 
 Edges = tuple[Any, Any, Any, Any]
 
 
 class Walk(NamedTuple):
-    """Which key blocks the tiles visit, the last one first.
+    """Which key blocks the tiles visit.
 
-    starts_full: whether the first step of every tile needs no mask. runs: which of the loops after
-    it (masked, unmasked, masked) can have anything to do. edges: first, full_first, full_last, last
-    where they are the same for every tile, else None.
+    The last one first; or, where tiles beyond `ScoreMod.near` are simpler, the near ones, those
+    that come after it, and those that come before.
+
+    starts_full: whether the first step of every tile needs no mask. zones: of the three loops after
+    it. runs: which of these can have anything to do. edges: four numbers of `schedule.runs` or
+    `runs_around` where they are the same for every tile, else None.
     """
 
     starts_full: bool
+    zones: tuple[Zone, Zone, Zone]
     runs: tuple[bool, bool, bool]
     edges: Edges | None
+
+    @property
+    def starts_near(self) -> bool:
+        return self.zones == NEAR_FIRST
+
+
+LAST_FIRST = Zone(True), Zone(False), Zone(True)
+NEAR_FIRST = Zone(True), Zone(False, AFTER), Zone(False, BEFORE)
 
 
 class Tile(NamedTuple):
     """Queries of one head, and the key blocks that they visit.
 
-    nth: of the block, from 0 on. edges: first, full_first, full_last, last. index: which queries.
+    nth: of the block, from 0 on. edges, starts_near: of `Walk`. index: which queries.
     """
 
     nth: Any
@@ -43,22 +57,37 @@ class Tile(NamedTuple):
     q_head: Any
     index: Any
     edges: Edges
+    starts_near: bool
 
     @property
     def num_steps(self) -> Any:
         """One key block is visited even if the mask then allows nothing."""
         return jnp.maximum(self.edges[3] - self.edges[0], 1)
 
+    @property
+    def num_near(self) -> Any:
+        """How many steps come first where the near ones do: one even if there is nothing to do."""
+        return jnp.maximum(self.edges[2] - self.edges[1], 1)
+
     def kv_block(self, step: Any) -> Any:
         """The key block of a step: under a causal mask those that need it are the last."""
-        return self.edges[0] + (self.num_steps - 1 - step)
+        first, begin, _, _ = self.edges
+        from_last = first + (self.num_steps - 1 - step)
+        if not self.starts_near:
+            return from_last
+        # Those behind the near ones come as if the near ones had been the last; then the others.
+        is_after = step < self.num_steps - (begin - first)
+        others = jnp.where(is_after, from_last + self.num_near, from_last)
+        return jnp.where(step < self.num_near, begin + (self.num_near - 1 - step), others)
 
     @property
     def runs(self) -> Edges:
-        """Where the loops (masked, unmasked, masked) begin and end, in steps."""
-        first, full_first, full_last, _ = self.edges
+        """Where the loops begin and end, in steps."""
+        first, begin, end, _ = self.edges
+        if self.starts_near:
+            return jnp.int32(0), self.num_near, self.num_steps - (begin - first), self.num_steps
         last = first + self.num_steps
-        return jnp.int32(0), last - full_last, last - full_first, self.num_steps
+        return jnp.int32(0), last - end, last - begin, self.num_steps
 
 
 class Assigned(NamedTuple):
@@ -78,11 +107,8 @@ def plan(spec: AttentionSpec, config: ForwardConfig, mask: Mask | None) -> tuple
     order = assignment.Order(*heads, config.heads_per_group, rows_share_matrices(spec))
     if isinstance(schedule, np.ndarray):
         edges = np.broadcast_to(schedule, (*heads, *schedule.shape[2:]))
-        tiles = jnp.asarray(assignment.table(edges, order))
-    else:
-        tiles = assignment.table_at_run_time(schedule, order)
-    num_tiles = (tiles[..., assignment.BATCH] >= 0).sum(1)
-    return walk, Assigned(tiles, num_tiles.astype(jnp.int32))
+        return walk, Assigned(*map(jnp.asarray, assignment.table(edges, order)))
+    return walk, Assigned(*map(jnp.asarray, assignment.table_at_run_time(schedule, order)))
 
 
 def _visits(spec: AttentionSpec, config: ForwardConfig, mask: Mask | None) -> tuple[Walk, Any]:
@@ -91,16 +117,23 @@ def _visits(spec: AttentionSpec, config: ForwardConfig, mask: Mask | None) -> tu
     The schedule is a NumPy array unless the mask holds arrays.
     """
     num_q_tiles = pl.cdiv(spec.q_len, config.block_q)
-    if mask is None:
+    near = near_of(spec.score_mod)
+    if mask is None and near is None:
         full, last = spec.kv_len // config.block_kv, pl.cdiv(spec.kv_len, config.block_kv)
         schedule = np.broadcast_to(np.array([0, 0, full, last], np.int32), (1, 1, num_q_tiles, 4))
     else:
         blocks = Blocks(spec.q_len, spec.kv_len, config.block_q, config.block_kv, spec.batch)
-        schedule = kv_schedule(mask, blocks)
+        schedule = kv_schedule(mask, blocks, near)
+    zones = LAST_FIRST if near is None else NEAR_FIRST
     if not isinstance(schedule, np.ndarray):
-        return Walk(False, (True, True, True), None), schedule
+        return Walk(False, zones, (True, True, True), None), schedule
     edges = schedule.reshape(-1, 4)
+    is_uniform = (edges == edges[0]).all()
+    uniform = tuple(edges[0].tolist()) if is_uniform else None
     before, full, after = np.diff(edges, axis=1).T
+    if near is not None:
+        runs = bool((full > 1).any()), bool(after.any()), bool(before.any())
+        return Walk(False, zones, runs, uniform), schedule
     # The first step is outside of the loops.
     runs = (
         bool((after > 1).any()),
@@ -108,8 +141,7 @@ def _visits(spec: AttentionSpec, config: ForwardConfig, mask: Mask | None) -> tu
         bool((before > ((after == 0) & (full == 0))).any()),
     )
     starts_full = bool(((full > 0) & (after == 0)).all())
-    is_uniform = (edges == edges[0]).all()
-    return Walk(starts_full, runs, tuple(edges[0].tolist()) if is_uniform else None), schedule
+    return Walk(starts_full, zones, runs, uniform), schedule
 
 
 def for_each_tile(walk: Walk, assigned: Assigned, body: Callable[[Tile, Any, Any], Any]) -> Any:
@@ -146,8 +178,6 @@ def _fields(walk: Walk, assigned: Assigned, n: Any) -> tuple[Any, ...]:
 
 def _tile(walk: Walk, nth: Any, fields: tuple[Any, ...]) -> Tile:
     batch, q_head, index = fields[: assignment.EDGES.start]
-    if walk.edges is not None:
-        first, full_first, full_last, last = map(jnp.int32, walk.edges)
-    else:
-        first, full_first, full_last, last = fields[assignment.EDGES]
-    return Tile(nth, batch, q_head, index, (first, full_first, full_last, last))
+    edges = fields[assignment.EDGES] if walk.edges is None else map(jnp.int32, walk.edges)
+    first, begin, end, last = edges
+    return Tile(nth, batch, q_head, index, (first, begin, end, last), walk.starts_near)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -12,55 +12,87 @@ import jax.numpy as jnp
 from pallas_flash.backends.hopper.elementwise import missing_operations, written_out
 from pallas_flash.backends.hopper.operands import (
     Brought,
+    Leaf,
     Place,
     Terms,
     Tiling,
     aligned,
+    is_brought,
     leaves_of,
-    read,
+    read_columns,
+    read_mask_rows,
+    used,
 )
 from pallas_flash.backends.hopper.storage import MATRIX
-from pallas_flash.scores import ScoreMod
+from pallas_flash.scores.score_mod import NEAR, ScoreMod
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.terms import Q, floating
+
+
+class Zone(NamedTuple):
+    """What holds for a whole tile: whether the mask counts, and where it lies for the score mod.
+
+    where: `NEAR` may be anywhere.
+    """
+
+    is_masked: bool
+    where: str = NEAR
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """The rows of a tile that one warpgroup works on.
 
-    shape: rows and columns. is_masked: whether the mask counts here. values: of the terms' arrays,
-    what was read of them without SMEM.
+    shape: rows and columns. values: of the terms' arrays, what was read of them without SMEM.
     """
 
     tiling: Tiling
     place: Place
     shape: tuple[int, int]
-    is_masked: bool
+    zone: Zone
     values: Terms
 
     @classmethod
     def of(
-        cls, tiling: Tiling, gmem: Terms, place: Place, shape: tuple[int, int], is_masked: bool
+        cls,
+        tiling: Tiling,
+        gmem: Terms,
+        of_rows: Terms,
+        place: Place,
+        shape: tuple[int, int],
+        zone: Zone,
     ) -> "Part":
-        """Reads what the producer does not bring; early, it comes from memory."""
-        found = [
-            () if term is None else read(tiling, term, arrays, place, shape)
-            for term, arrays in zip(_terms(tiling, is_masked), gmem, strict=True)
-        ]
-        return cls(tiling, place, shape, is_masked, Terms(*found))
+        """Reads what the producer does not bring; early, it comes from memory.
+
+        of_rows: from `read_rows`.
+        """
+        found: list[list[Any]] = []
+        if zone.is_masked and of_rows.mask is None:
+            of_rows = of_rows._replace(mask=read_mask_rows(tiling, gmem, place, shape[0]))
+        for term, arrays, values in zip(_terms(tiling, zone), gmem, of_rows, strict=True):
+            if term is None:
+                found.append([])
+                continue
+            columns = read_columns(tiling, term, arrays, place, zone.where)
+            found.append([columns.get(i, value) for i, value in enumerate(values)])
+        return cls(tiling, place, shape, zone, Terms(*found))
+
+    @property
+    def is_masked(self) -> bool:
+        return self.zone.is_masked
 
     def terms(self, tiles: Terms, stage: Any, own: Any) -> Terms:
         """Mask, score mod and dropout with matrices for their arrays.
 
         tiles: what the producer brings, in SMEM; own: which of a tile's rows these are.
         """
-        of_terms = zip(_terms(self.tiling, self.is_masked), self.values, tiles, strict=True)
+        shape, where = self.shape, self.zone.where
+        of_terms = zip(_terms(self.tiling, self.zone), self.values, tiles, strict=True)
         return Terms(
             *(
                 None
                 if term is None
-                else aligned(self.tiling, term, values, Brought(parts, stage, own), self.shape)
+                else aligned(self.tiling, term, values, Brought(parts, stage, own), shape, where)
                 for term, values, parts in of_terms
             )
         )
@@ -68,9 +100,21 @@ class Part:
     @property
     def reads_smem(self) -> bool:
         """Whether `terms` reads what the producer has brought."""
-        rows = self.tiling.rows
-        of_terms = _terms(self.tiling, self.is_masked)
-        return any(leaf.kind.needs_smem for term in of_terms for leaf in leaves_of(term, rows))
+        return any(is_brought(self.tiling, leaf) for leaf in self._leaves())
+
+    @property
+    def is_near(self) -> bool:
+        """Whether `terms` reads what the producer brings for near tiles alone."""
+        return any(leaf.near is not None for leaf in self._leaves())
+
+    def _leaves(self) -> list[Leaf]:
+        """The arrays that are used here."""
+        return [
+            leaf
+            for term in _terms(self.tiling, self.zone)
+            for i, leaf in enumerate(leaves_of(term, self.tiling.rows))
+            if i in used(term, self.zone.where)
+        ]
 
     def positions(self) -> tuple[Any, Any]:
         """Of queries and keys, [rows, columns] int32."""
@@ -98,9 +142,9 @@ def dropout_factor(spec: AttentionSpec) -> float:
     return 1.0 if spec.dropout is None else 1.0 / (1.0 - spec.dropout.rate)
 
 
-def _terms(tiling: Tiling, is_masked: bool) -> Terms:
+def _terms(tiling: Tiling, zone: Zone) -> Terms:
     terms = Terms.of(tiling.spec)
-    return terms if is_masked else terms._replace(mask=None)
+    return terms if zone.is_masked else terms._replace(mask=None)
 
 
 def with_weights(
