@@ -108,8 +108,6 @@ def truth_of(case):
     score = SCORE_MODS[score_name](z)
     keep = pf.Dropout(rate, KEY).keep_mask(z.batch, z.num_q_heads, z.q_len, z.kv_len)
     factor = np.asarray(keep) / (1 - rate)
-    if score.sink is not None:
-        factor = np.concatenate([factor, np.ones((*factor.shape[:3], 1))], -1)
 
     def dense(q, k, v, array):
         out, lse = oracle.attention(
