@@ -274,9 +274,8 @@ def mutation_problem(block_kv: int, function: str = "") -> Problem:
     q, k = jnp.ones((1, 300, 3, 32), jnp.bfloat16), jnp.ones((1, 60, 1, 32), jnp.bfloat16)
     of_scores = jnp.ones((1, 1, 300, 60))
     mask = pf.KvLengths(lengths(50)) & pf.DenseMask(of_scores > 0) & OfHeads(lengths(1, 0, 0)[None])
-    # Where the warpgroups share their keys there are no gradients of arrays.
     mods = (pf.Bias(of_scores), pf.Bias(of_scores[:, :, :1]), pf.Bias(of_scores))
-    mod = None if block_kv == 64 else pf.Chain(mods)
+    mod = pf.Chain(mods)
     if function in ("_load_near", "scores_terms"):
         mod = pf.RelativeBias(jnp.ones((1, 8)), max_distance=40).bind(300, 60)
         # Or the producer waits for the end of the step before.
