@@ -18,11 +18,11 @@ def part(text: str, name: str) -> str | None:
 
 
 def replace(text: str, name: str, body: str | None, before: str) -> str:
-    """`text` with the part made anew: without `body` it goes, a new one comes before a heading."""
-    text = re.sub(_pattern(name).pattern + "\n\n", "", text, flags=re.DOTALL)
-    if body is None:
-        return text
+    """`text` with the part made anew: without `body` it goes, the first one comes before a heading."""
+    made = f"<!-- {name} -->\n{body}\n{END}\n\n"
+    whole = re.compile(_pattern(name).pattern + "\n\n", re.DOTALL)
+    if body is None or whole.search(text):
+        return whole.sub(lambda _: made if body is not None else "", text)
     if f"\n{before}\n" not in text:
         raise ValueError(f"the text has no line {before!r}")
-    made = f"<!-- {name} -->\n{body}\n{END}\n\n"
     return text.replace(f"\n{before}\n", f"\n{made}{before}\n", 1)
