@@ -18,7 +18,7 @@ def part(text: str, name: str) -> str | None:
 
 
 def replace(text: str, name: str, body: str | None, before: str) -> str:
-    """`text` with the part made anew: without `body` it goes, the first one comes before a heading."""
+    """`text` with the part made anew; without `body` it goes. A first one precedes a heading."""
     made = f"<!-- {name} -->\n{body}\n{END}\n\n"
     whole = re.compile(_pattern(name).pattern + "\n\n", re.DOTALL)
     if body is None or whole.search(text):
