@@ -13,8 +13,13 @@ import oracle
 import pallas_flash as pf
 from interpreted import interpreted, is_caught, with_races
 from mutations import WithoutCall
-from pallas_flash.backends.hopper import decode as module
-from pallas_flash.backends.hopper import decode_share, decode_storage
+from pallas_flash.backends.hopper import (
+    decode,
+    decode_compute,
+    decode_load,
+    decode_share,
+    decode_storage,
+)
 from pallas_flash.backends.hopper.decode_storage import default_decode_config
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.decoding.request import DecodeOperands, DecodeSpec
@@ -117,7 +122,7 @@ def problem(case: Case) -> Problem:
 
 def interpret(p: Problem) -> Any:
     """(out, lse) of the kernel in interpret mode, and whether it raced."""
-    return with_races(jax.jit(lambda o: module.forward(p.spec, p.config, o)), p.operands)
+    return with_races(jax.jit(lambda o: decode.forward(p.spec, p.config, o)), p.operands)
 
 
 def changed(p: Problem, s: Any) -> Any:
@@ -212,14 +217,20 @@ def launch(p: Problem, operands: DecodeOperands) -> Any:
     """The kernel without the one that joins parts."""
     lengths, counts = operands.cache.lengths, operands.counts
     share = decode_share.share_out(p.spec, p.config.num_teams, lengths, counts)
-    return module._launch(p.spec, p.config, module._inputs(p.spec, operands, share))
+    return decode._launch(p.spec, p.config, decode._inputs(p.spec, operands, share))
+
+
+def put_in_kernel(patch: pytest.MonkeyPatch, calls: WithoutCall) -> None:
+    """Puts `calls` in place of ``plgpu`` where the kernel's body is."""
+    for module in (decode_load, decode_compute):
+        patch.setattr(module, "plgpu", calls)
 
 
 def callers(name: str) -> list[str]:
     """The functions that call ``plgpu.name`` while the kernel is traced."""
     recorder = WithoutCall(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "plgpu", recorder)
+        put_in_kernel(patch, recorder)
         p = mutation_problem()
         jax.eval_shape(functools.partial(launch, p), p.operands)
     return recorder.callers
@@ -231,14 +242,14 @@ GUARDS = [
     for i, caller in enumerate(callers(name))
     # The producer's last waits are there for interpret mode only, and what a thread has stored
     # itself never counts as a race there.
-    if caller != "_load.<locals>._" and (name, caller) != ("commit_smem", "_zero_unused")
+    if caller != "load.<locals>._" and (name, caller) != ("commit_smem", "_zero_unused")
 ]
 
 
 @interpreted
 @pytest.mark.parametrize(("name", "index"), GUARDS)
 def test_a_missing_wait_or_fence_is_caught(monkeypatch, name, index):
-    monkeypatch.setattr(module, "plgpu", WithoutCall(name, index))
+    put_in_kernel(monkeypatch, WithoutCall(name, index))
     p = mutation_problem()
     assert is_caught(jax.jit(functools.partial(launch, p)), p.operands)
 
@@ -262,7 +273,7 @@ def lowers(operands: DecodeOperands, **changes: Any) -> bool:
     assert decode_storage.unsupported(spec) is None
     config = dataclasses.replace(default_decode_config(spec), **changes)
     assert config.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT
-    traced = jax.jit(lambda o: module.forward(spec, config, o)).trace(operands)
+    traced = jax.jit(lambda o: decode.forward(spec, config, o)).trace(operands)
     return "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 

@@ -16,8 +16,8 @@ import pallas_flash as pf
 from interpreted import Case, below, causal, interpreted, is_caught, lengths, with_races
 from mutations import WithoutCall
 from pallas_flash.backends import hopper
-from pallas_flash.backends.hopper import assignment
-from pallas_flash.backends.hopper import forward as module
+from pallas_flash.backends.hopper import assignment, forward_compute, forward_load
+from pallas_flash.backends.hopper.forward import forward
 from pallas_flash.backends.hopper.storage import load_accumulator, tiled
 from pallas_flash.spec import AttentionSpec, Operands
 from tolerance import assert_as_good_as_plain
@@ -213,13 +213,19 @@ def mutation_problem() -> Problem:
     return problem(Case(100, 80, 3, 1, 16, 16, mask=pf.Causal("bottom_right"), config=config))
 
 
+def put_in_kernel(patch: pytest.MonkeyPatch, calls: WithoutCall) -> None:
+    """Puts `calls` in place of ``plgpu`` where the kernel's body is."""
+    for module in (forward_load, forward_compute):
+        patch.setattr(module, "plgpu", calls)
+
+
 def callers(name: str) -> list[str]:
     """The functions that call ``plgpu.name`` while the kernel is traced."""
     recorder = WithoutCall(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "plgpu", recorder)
+        put_in_kernel(patch, recorder)
         p = mutation_problem()
-        jax.eval_shape(lambda o: module.forward(p.spec, p.config, o), p.operands)
+        jax.eval_shape(lambda o: forward(p.spec, p.config, o), p.operands)
     return recorder.callers
 
 
@@ -229,7 +235,7 @@ GUARDS = [
     for i, caller in enumerate(callers(name))
     # The producer's last waits are there for interpret mode only, and it takes TMA for one thread:
     # who has waited for the next tile's queries would know that the stores before have been read.
-    if caller != "_load.<locals>._" and (name, caller) != ("wait_smem_to_gmem", "_finish")
+    if caller != "load.<locals>._" and (name, caller) != ("wait_smem_to_gmem", "_finish")
 ]
 
 
@@ -240,19 +246,19 @@ def test_the_kernel_that_is_mutated_below_has_no_races():
 @interpreted
 @pytest.mark.parametrize(("name", "index"), GUARDS)
 def test_a_missing_wait_or_fence_is_caught(monkeypatch, name, index):
-    monkeypatch.setattr(module, "plgpu", WithoutCall(name, index))
+    put_in_kernel(monkeypatch, WithoutCall(name, index))
     p = mutation_problem()
-    assert is_caught(jax.jit(lambda o: module.forward(p.spec, p.config, o)), p.operands)
+    assert is_caught(jax.jit(lambda o: forward(p.spec, p.config, o)), p.operands)
 
 
 @interpreted
 @pytest.mark.parametrize("commits", [True, False])
 def test_a_missing_fence_behind_the_matrices_of_a_mask_is_caught(monkeypatch, commits):
     if not commits:
-        monkeypatch.setattr(module.Part, "reads_smem", False)
+        monkeypatch.setattr(forward_compute.Part, "reads_smem", False)
     mask = pf.DenseMask(jnp.ones((1, 1, 70, 150), bool))
     p = problem(Case(70, 150, 1, 1, 16, 16, mask=mask, config=TURNS))
-    run = jax.jit(lambda o: module.forward(p.spec, p.config, o))
+    run = jax.jit(lambda o: forward(p.spec, p.config, o))
     assert is_caught(run, p.operands) != commits
 
 

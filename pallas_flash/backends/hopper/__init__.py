@@ -15,7 +15,7 @@ from pallas_flash.backends.hopper.config import (
     one_step_from,
 )
 from pallas_flash.backends.hopper.config import misfit as config_misfit
-from pallas_flash.backends.hopper.operands import spelled_out
+from pallas_flash.backends.hopper.leaves import spelled_out
 from pallas_flash.backends.hopper.scores import missing_in_terms
 from pallas_flash.spec import AttentionSpec, Operands
 

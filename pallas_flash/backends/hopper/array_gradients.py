@@ -16,15 +16,10 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_flash.backends.hopper.operands import (
-    Kind,
-    Leaf,
-    Place,
-    Tiling,
-    leaves_of,
-    matrix_part,
-)
+from pallas_flash.backends.hopper.leaves import Kind, Leaf, leaves_of
 from pallas_flash.backends.hopper.storage import constant_per_row, round_up, tiled, tma_rows
+from pallas_flash.backends.hopper.tile_arrays import Place, matrix_part
+from pallas_flash.backends.hopper.tiling import Tiling
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.terms import KV, floating
 

@@ -35,7 +35,7 @@ from pallas_flash.backends.hopper.backward_storage import (
     value_columns,
 )
 from pallas_flash.backends.hopper.config import BackwardConfig
-from pallas_flash.backends.hopper.operands import (
+from pallas_flash.backends.hopper.leaves import (
     Terms,
     near_of,
     rows_share_matrices,

@@ -23,18 +23,7 @@ from pallas_flash.backends.hopper import array_gradients
 from pallas_flash.backends.hopper.backward_storage import NUM_MATH_WGS, WG_KEYS, Storage, tiling
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.elementwise import written_out
-from pallas_flash.backends.hopper.operands import (
-    Place,
-    Terms,
-    Tiling,
-    bring,
-    bring_near,
-    leaves_of,
-    near_of,
-    read_rows,
-    rows_differ_by_head,
-    used,
-)
+from pallas_flash.backends.hopper.leaves import Terms, leaves_of, near_of, rows_differ_by_head, used
 from pallas_flash.backends.hopper.padding import Source
 from pallas_flash.backends.hopper.scores import (
     Part,
@@ -52,6 +41,8 @@ from pallas_flash.backends.hopper.storage import (
     window,
     zero_matrix,
 )
+from pallas_flash.backends.hopper.tile_arrays import Place, bring, bring_near, read_rows
+from pallas_flash.backends.hopper.tiling import Tiling
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST
 from pallas_flash.scores.score_mod import AFTER, BEFORE, NEAR
 from pallas_flash.spec import AttentionSpec

@@ -7,8 +7,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_flash.backends.hopper import array_gradients
-from pallas_flash.backends.hopper.operands import Terms, Tiling, in_smem, num_brought
+from pallas_flash.backends.hopper.leaves import Terms
 from pallas_flash.backends.hopper.storage import Columns, head_columns, tiled
+from pallas_flash.backends.hopper.tiling import Tiling, in_smem, num_brought
 from pallas_flash.scores.score_mod import NEAR
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import KV

@@ -5,17 +5,13 @@ import itertools
 from typing import Any
 
 from pallas_flash.backends.hopper import backward_storage, forward_storage
-from pallas_flash.backends.hopper.operands import (
-    Tiling,
-    fits_swizzle,
-    reads_matrices,
-    rows_share_matrices,
-)
+from pallas_flash.backends.hopper.leaves import reads_matrices, rows_share_matrices
 from pallas_flash.backends.hopper.storage import (
     L2_BYTES_PER_GROUP,
     SHARED_MEMORY_LIMIT,
     shared_memory_bytes,
 )
+from pallas_flash.backends.hopper.tiling import Tiling, fits_swizzle
 from pallas_flash.spec import AttentionSpec
 
 __all__ = [

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_flash.backends.hopper.operands import Terms, Tiling, in_smem, num_brought
+from pallas_flash.backends.hopper.leaves import Terms
 from pallas_flash.backends.hopper.storage import (
     SHARED_MEMORY_LIMIT,
     Columns,
@@ -14,6 +14,7 @@ from pallas_flash.backends.hopper.storage import (
     tiled,
     tma_can_tile,
 )
+from pallas_flash.backends.hopper.tiling import Tiling, in_smem, num_brought
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.terms import Q
 

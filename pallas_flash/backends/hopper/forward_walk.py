@@ -10,7 +10,7 @@ from jax import lax
 
 from pallas_flash.backends.hopper import assignment
 from pallas_flash.backends.hopper.config import ForwardConfig
-from pallas_flash.backends.hopper.operands import near_of, rows_share_matrices
+from pallas_flash.backends.hopper.leaves import near_of, rows_share_matrices
 from pallas_flash.backends.hopper.scores import Zone
 from pallas_flash.backends.hopper.storage import read_scalar
 from pallas_flash.masks import Mask

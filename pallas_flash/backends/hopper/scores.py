@@ -10,20 +10,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_flash.backends.hopper.elementwise import missing_operations, written_out
-from pallas_flash.backends.hopper.operands import (
+from pallas_flash.backends.hopper.leaves import Leaf, Terms, leaves_of, used
+from pallas_flash.backends.hopper.storage import MATRIX
+from pallas_flash.backends.hopper.tile_arrays import (
     Brought,
-    Leaf,
     Place,
-    Terms,
-    Tiling,
     aligned,
-    is_brought,
-    leaves_of,
     read_columns,
     read_mask_rows,
-    used,
 )
-from pallas_flash.backends.hopper.storage import MATRIX
+from pallas_flash.backends.hopper.tiling import Tiling, is_brought
 from pallas_flash.scores.score_mod import NEAR, ScoreMod
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.terms import Q, floating

@@ -1,0 +1,84 @@
+"""The forward kernel of one launch: what it reads, what is static, and its refs."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_flash.backends.hopper.config import ForwardConfig
+from pallas_flash.backends.hopper.forward_storage import Storage, tiling
+from pallas_flash.backends.hopper.forward_walk import Assigned, Tile, Walk
+from pallas_flash.backends.hopper.leaves import Terms
+from pallas_flash.backends.hopper.storage import LOG2_E
+from pallas_flash.backends.hopper.tile_arrays import Place
+from pallas_flash.backends.hopper.tiling import Tiling
+from pallas_flash.spec import AttentionSpec
+
+# How large the exponent of a probability may be that was not divided by the largest one of its row:
+# bfloat16 and float32 go up to 127, and there are keys to sum over and values to multiply with.
+WIDEST_EXPONENT = 80
+
+
+class Inputs(NamedTuple):
+    """What the kernel reads from GMEM.
+
+    q: [B, T, H, D], padded where TMA needs it; k, v: sources of the same. assigned: the tiles of
+    each block. terms: the arrays of mask, score mod and dropout.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    assigned: Assigned
+    terms: Terms
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch: what is static, and the refs."""
+
+    spec: AttentionSpec
+    config: ForwardConfig
+    walk: Walk
+    gmem: Inputs
+    out_gmem: Any
+    lse_gmem: Any
+    smem: Storage
+
+    @property
+    def tiling(self) -> Tiling:
+        return tiling(self.spec, self.config)
+
+    @property
+    def needs_maximum(self) -> bool:
+        """Whether scores must be taken less their maximum: not where exp2 of all of them fits."""
+        mod = self.spec.score_mod
+        bound = None if mod is None else mod.bound
+        return bound is None or self.spec.dtype != jnp.bfloat16 or bound * LOG2_E > WIDEST_EXPONENT
+
+    @property
+    def sums_late(self) -> bool:
+        """Whether the sums of rows are completed at the end of a tile only.
+
+        676 to 683 TFLOP/s at head_dim 128, 525 to 532 at 64, but 724 to 686 at 256: 4 x 4096 full,
+        H100, JAX 0.11.2. With a causal mask nothing was gained.
+        """
+        if not self.needs_maximum:
+            return True
+        return self.spec.mask is None and max(self.spec.head_dim, self.spec.value_dim) <= 128
+
+    def stage(self, step: Any) -> Any:
+        """Where in SMEM the keys or values of a step lie, counted over all tiles of a block."""
+        return lax.rem(step, jnp.int32(self.config.num_stages))
+
+    def q_stage(self, tile: Tile) -> Any:
+        """Where in SMEM the queries of a tile lie."""
+        return lax.rem(tile.nth, jnp.int32(self.config.num_q_stages))
+
+
+def place_of(kernel: Kernel, tile: Tile, i: Any) -> Place:
+    """Of the scores of a tile's step `i`."""
+    config = kernel.config
+    starts = tile.index * config.block_q, tile.kv_block(i) * config.block_kv
+    return Place(tile.batch, tile.q_head, *starts)
