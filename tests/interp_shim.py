@@ -310,7 +310,57 @@ def interpret_wgmma_wait(self, eqn, token, args):
     return token, []
 
 
+def fragments(matrix_shape):
+    """Where a matrix's numbers lie in a part of `dq_fragments`: an index for each place."""
+    rows, columns = matrix_shape
+    index = np.arange(rows * columns).reshape(rows // 64, 4, 2, 8, columns // 8, 4, 2)
+    # 64 rows: four warps, two halves, eight rows; eight columns: four threads, two numbers.
+    return index.transpose(0, 4, 1, 3, 5, 2, 6).ravel()
+
+
+@gpu_callbacks.fail_on_exception
+def add_fragments(*, token, thread, key, transforms, value):
+    memory = gpu_callbacks._get_shared_memory()
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    value = np.asarray(value)
+    part = value.ravel()[fragments(value.shape)]
+    update(memory, thread, key, access_of(memory, key, transforms), part, "add")
+    return token
+
+
+@gpu_callbacks.fail_on_exception
+def load_fragments(*, token, thread, key, transforms, shape):
+    memory = gpu_callbacks._get_shared_memory()
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    part = memory.get_buffer_content(key, access_of(memory, key, transforms), None)[0]
+    matrix = np.empty(shape, np.float32)
+    matrix.reshape(-1)[fragments(shape)] = part
+    return token, matrix
+
+
+def interpret_inline_mgpu(self, eqn, token, args):
+    name, flat_types = eqn.params["mgpu_fn"].__name__, eqn.params["flat_arg_types"]
+    ref, *values = args[: len(flat_types)]
+    transforms = eqn.params["pytree_ref_transforms"].unflatten(args[len(flat_types) :])[0]
+    ref, transforms = jaxpr_interpret.resolve_ref(eqn.invars[0].aval, ref, transforms)
+    common = {"token": token, "thread": self.thread, "key": ref, "transforms": transforms}
+    if name == "add_fragments":
+        token = callback.io_callback(
+            add_fragments, gpu_callbacks.TOKEN_SHAPE_DTYPE, **common, value=values[0]
+        )
+        return token, []
+    assert name == "load_fragments", f"no emulation of {name}"
+    (aval,) = (var.aval for var in eqn.outvars)
+    token, matrix = callback.io_callback(
+        functools.partial(load_fragments, shape=aval.shape),
+        (gpu_callbacks.TOKEN_SHAPE_DTYPE, jax.ShapeDtypeStruct(aval.shape, aval.dtype)),
+        **common,
+    )
+    return token, [matrix]
+
+
 HANDLERS = {
+    primitives.inline_mgpu_p: interpret_inline_mgpu,
     discharge.run_state_p: interpret_run_state,
     primitives.atomic_store_p: interpret_atomic,
     primitives.wgmma_accumulator_store_p: interpret_accumulator_store,

@@ -21,6 +21,7 @@ from pallas_flash.backends.hopper import (
     backward_by_roles,
     backward_common,
     default_config,
+    dq_fragments,
 )
 from pallas_flash.backends.hopper.backward import backward
 from pallas_flash.backends.hopper.config import BackwardConfig, Config, default_backward_config
@@ -216,6 +217,7 @@ MODULES = {
     "backward_common": backward_common,
     "backward_by_keys": backward_by_keys,
     "backward_by_roles": backward_by_roles,
+    "dq_fragments": dq_fragments,
 }
 GUARDS = ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
 
@@ -280,6 +282,9 @@ def mutation_problem(block_kv: int, function: str = "") -> Problem:
         mod = pf.RelativeBias(jnp.ones((1, 8)), max_distance=40).bind(300, 60)
         # Or the producer waits for the end of the step before.
         config = dataclasses.replace(config, num_dout_stages=2)
+    if function == "_add_dq":
+        # The gradients of matrices wait for dQ, too.
+        mod = None
     operands = Operands(q, k, k, mask, mod)
     row = jnp.ones((1, 3, 300), jnp.float32)
     spec = AttentionSpec.of(operands, 0.1)
@@ -294,7 +299,8 @@ def test_the_kernel_that_is_mutated_below_has_no_races(of):
 @interpreted
 @pytest.mark.parametrize(("module", "function", "guard", "line"), list(guards()))
 def test_a_missing_wait_or_fence_is_caught(monkeypatch, module, function, guard, line):
-    p = mutation_problem(64 if module == "backward_by_roles" else 128, function)
+    of_roles = module in ("backward_by_roles", "dq_fragments")
+    p = mutation_problem(64 if of_roles else 128, function)
     monkeypatch.setattr(MODULES[module], "plgpu", Without(guard, line))
     assert is_caught(interpretable(p), p.operands, *p.residuals)
 

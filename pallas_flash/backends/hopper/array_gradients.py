@@ -132,8 +132,8 @@ def add(
             continue
         staging, array = smem.matrices[matrix].at[wg], gmem.matrices[matrix]
         matrix += 1
-        # The adds before have read it: those of this step so far, and dQ of the step before.
-        plgpu.wait_smem_to_gmem(len(smem.matrices), wait_read_only=True)
+        # Its add of the step before has read it.
+        plgpu.wait_smem_to_gmem(len(smem.matrices) - 1, wait_read_only=True)
         staging[...] = x
         plgpu.commit_smem()
         batch, head, rows, columns = matrix_part(tiling, leaf, place)

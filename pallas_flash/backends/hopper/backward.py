@@ -1,6 +1,6 @@
 """Backward of dense attention on Hopper: one pass over the keys (FlashAttention-2, section 3.1.2).
 
-dQ is added to a float32 array by TMA; zeroing and casting it is XLA's.
+dQ is added to a float32 array, which XLA zeroes.
 """
 
 import dataclasses
@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_flash.backends.hopper import array_gradients, backward_by_keys, backward_by_roles
+from pallas_flash.backends.hopper import (
+    array_gradients,
+    backward_by_keys,
+    backward_by_roles,
+    dq_fragments,
+)
 from pallas_flash.backends.hopper.backward_common import (
     MATH_REGISTERS,
     PRODUCER_REGISTERS,
@@ -43,7 +48,7 @@ from pallas_flash.backends.hopper.leaves import (
     with_numbers,
 )
 from pallas_flash.backends.hopper.padding import without_unused
-from pallas_flash.backends.hopper.storage import LOG2_E, locate, padded, round_up, tma_rows
+from pallas_flash.backends.hopper.storage import LOG2_E, divmod_of, locate, padded, round_up
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import floating
@@ -83,11 +88,12 @@ def backward(
         delta=delta,
         schedule=schedule,
         terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
-        dq_acc=None,
+        dq_sum=None,
         gradients=array_gradients.Refs(None, ()),
     )
-    dq_acc, dk, dv, of_arrays = _launch(spec, tiles, runs, inputs)
-    dq = (dq_acc[:, : spec.q_len, :, : spec.head_dim] * spec.scale).astype(spec.dtype)
+    dq_sum, dk, dv, of_arrays = _launch(spec, tiles, runs, inputs)
+    dq_sums = dq_fragments if tiles.shares_keys else backward_by_keys
+    dq = dq_sums.dq_of_sum(spec, tiles, dq_sum)
     dk = dk[:, : spec.kv_len, :, : spec.head_dim]
     of_seen = array_gradients.folded(tiling(spec, tiles), operands.score_mod, of_arrays)
     d_score_mod = _of_all(whole, tiles, of_seen)
@@ -128,14 +134,10 @@ def _per_query_terms(lse: Any, delta: Any, block_q: int) -> tuple[Any, Any]:
     return jnp.pad(lse_log2, pad, constant_values=jnp.inf), jnp.pad(delta, pad)
 
 
-def _divmod(x: Any, n: int) -> tuple[Any, Any]:
-    return lax.div(x, jnp.int32(n)), lax.rem(x, jnp.int32(n))
-
-
 class _Results(NamedTuple):
-    """dq_acc and matrices are added to, zeros before; stored: dk, dv and the sums, or None."""
+    """dq_sum and matrices are added to, zeros before; stored: dk, dv and the sums, or None."""
 
-    dq_acc: Any
+    dq_sum: Any
     matrices: tuple[Any, ...]
     stored: tuple[Any, Any, Any]
 
@@ -143,7 +145,7 @@ class _Results(NamedTuple):
 def _launch(
     spec: AttentionSpec, config: BackwardConfig, runs: Runs, inputs: GlobalRefs
 ) -> tuple[Any, Any, Any, array_gradients.Refs]:
-    """dQ [B, Tq, Hq, D] float32 without the scale, dk, dv, with padded rows and columns.
+    """The sum of dQ, float32 without the scale; dk and dv, with padded rows and columns.
 
     And what the gradients of the score mod's arrays are folded from.
     """
@@ -158,9 +160,9 @@ def _launch(
         )
         if rows_share_matrices(spec):
             # What they read, and add their gradients to, stays in the L2 cache.
-            kv_head, row = _divmod(head, spec.batch)
+            kv_head, row = divmod_of(head, spec.batch)
         else:
-            row, kv_head = _divmod(head, spec.num_kv_heads)
+            row, kv_head = divmod_of(head, spec.num_kv_heads)
         block = Block(row, kv_head, kv_tile)
         kernel = Kernel(spec, config, runs, gmem, smem, block)
         wg = lax.axis_index("wg")
@@ -190,27 +192,26 @@ def _launch(
             compiler_params=_compiler_params(config),
         )(
             inputs._replace(
-                dq_acc=results.dq_acc, gradients=array_gradients.Refs(None, results.matrices)
+                dq_sum=results.dq_sum, gradients=array_gradients.Refs(None, results.matrices)
             )
         )
         for ref, x in zip(results.stored, (dk, dv, sums), strict=True):
             if x is not None:
                 ref[...] = x
 
-    dq_width = query_columns(spec, config).smem
-    dq_shape = (spec.batch, tma_rows(spec.q_len), spec.num_q_heads, dq_width)
     stored = (
         *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)),
         array_gradients.sums_in_gmem(tiling(spec, config)),
     )
+    dq_sums = dq_fragments if config.shares_keys else backward_by_keys
     # A state of its own, and no `jax.new_ref`: its effect would be seen outside, where
     # custom_partitioning and custom_jvp refuse effects. What `stored` begins with is never read.
     found = pl.run_state(launch)(
         _Results(
-            jnp.zeros(dq_shape, jnp.float32),
+            jnp.zeros(dq_sums.dq_sum_shape(spec, config), jnp.float32),
             array_gradients.zero_matrices(tiling(spec, config)),
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored),
         )
     )
     dk, dv, sums = found.stored
-    return found.dq_acc, dk, dv, array_gradients.Refs(sums, found.matrices)
+    return found.dq_sum, dk, dv, array_gradients.Refs(sums, found.matrices)

@@ -15,7 +15,6 @@ from pallas_flash.backends.hopper import array_gradients
 from pallas_flash.backends.hopper.backward_common import (
     Kernel,
     accumulator,
-    add_dq,
     array_gradients_of,
     for_each_q_tile,
     free_stages,
@@ -29,9 +28,27 @@ from pallas_flash.backends.hopper.backward_common import (
     weight_factors,
     zero_accumulator,
 )
-from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, WG_KEYS, dq_part
+from pallas_flash.backends.hopper.backward_storage import (
+    NUM_SCORE_STAGES,
+    WG_KEYS,
+    dq_part,
+    query_columns,
+)
+from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
-from pallas_flash.backends.hopper.storage import load_accumulator, window
+from pallas_flash.backends.hopper.storage import load_accumulator, tma_rows, window
+from pallas_flash.spec import AttentionSpec
+
+
+def dq_sum_shape(spec: AttentionSpec, config: BackwardConfig) -> tuple[int, ...]:
+    """[B, Tq, Hq, D] with whole tiles of rows and columns."""
+    columns = query_columns(spec, config).smem
+    return spec.batch, tma_rows(spec.q_len), spec.num_q_heads, columns
+
+
+def dq_of_sum(spec: AttentionSpec, config: BackwardConfig, dq_sum: Any) -> Any:
+    """dQ [B, Tq, Hq, D] in the spec's dtype, with its scale."""
+    return (dq_sum[:, : spec.q_len, :, : spec.head_dim] * spec.scale).astype(spec.dtype)
 
 
 def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
@@ -136,7 +153,7 @@ def _step(
         # of registers and serialises them all (its warning C7512).
         dq = load_accumulator(dq_acc, wait_n=0)
         free_stages(kernel, t)
-        add_dq(kernel, wg, q_head, q_tile, dq)
+        _add_dq(kernel, wg, q_head, q_tile, dq)
         return new_sums
 
     scores = accumulator(WG_KEYS, config.block_q)
@@ -152,3 +169,22 @@ def _dq_product(kernel: Kernel, wg: Any, ds_smem: Any, dq_acc: Any) -> None:
     else:
         part = ds_smem.at[:, pl.ds(wg * rows, rows)]
         plgpu.wgmma(dq_acc, part.transpose((1, 0)), kernel.smem.k)
+
+
+def _add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
+    """Adds this warpgroup's part of a dQ tile to float32 memory, asynchronously."""
+    config, staging_smem = kernel.config, kernel.smem.dq.at[wg]
+    row, column = q_tile * config.block_q, q_tile * 0
+    if config.splits_dq_columns:
+        column = wg * dq.shape[1]
+    else:
+        row = row + wg * dq.shape[0]
+    # The add before has read the buffer. Later adds of the arrays' gradients may still read theirs;
+    # but not every tile has these where some are near and some are not.
+    later = 0 if kernel.near is not None else len(kernel.smem.gradients.matrices)
+    plgpu.wait_smem_to_gmem(later, wait_read_only=True)
+    staging_smem[...] = dq
+    plgpu.commit_smem()
+    rows, columns = pl.ds(row, dq.shape[0]), pl.ds(column, dq.shape[1])
+    part_gmem = kernel.gmem.dq_sum.at[kernel.block.batch, rows, q_head, columns]
+    plgpu.copy_smem_to_gmem(staging_smem, part_gmem, reduction_op="add")

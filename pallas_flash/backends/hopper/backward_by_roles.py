@@ -2,9 +2,10 @@
 
 The first computes P and owns dV, the second dS and dK: so an accumulator of 64 x 256 fits into
 registers, and P^T and dS^T feed it from registers. P goes through SMEM to the second warpgroup; dS
-goes through SMEM into dQ, of which each computes half the columns. The first one multiplies the dS
-of the step before, so that it need not wait for the second. If arrays of the score mod have
-gradients, the second one computes P by itself (`hands_p_over`).
+goes through SMEM into dQ, of which each computes half the columns and adds them to memory from its
+registers: while one is held up by that, the other goes on. The first one multiplies the dS of the
+step before, so that it need not wait for the second. If arrays of the score mod have gradients, the
+second one computes P by itself (`hands_p_over`).
 """
 
 from functools import partial
@@ -13,12 +14,11 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_flash.backends.hopper import array_gradients
+from pallas_flash.backends.hopper import array_gradients, dq_fragments
 from pallas_flash.backends.hopper.backward_common import (
     Kernel,
     Weights,
     accumulator,
-    add_dq,
     array_gradients_of,
     for_each_q_tile,
     may_hold_padding,
@@ -31,7 +31,12 @@ from pallas_flash.backends.hopper.backward_common import (
     weight_factors,
     zero_accumulator,
 )
-from pallas_flash.backends.hopper.backward_storage import NUM_SCORE_STAGES, dq_part, hands_p_over
+from pallas_flash.backends.hopper.backward_storage import (
+    NUM_MATH_WGS,
+    NUM_SCORE_STAGES,
+    dq_part,
+    hands_p_over,
+)
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator, window
 
@@ -209,6 +214,8 @@ def _add_to_dq(kernel: Kernel, wg: int, t: Any, q_head: Any, q_tile: Any) -> Non
             plgpu.barrier_wait(smem.ds_ready.at[slot])
         part = smem.k.at[:, pl.ds(wg * columns, columns)]
         plgpu.wgmma(dq_acc, smem.ds.at[slot].transpose((1, 0)), part)
-        add_dq(kernel, wg, q_head, q_tile, load_accumulator(dq_acc, wait_n=0))
+        part = q_tile * NUM_MATH_WGS + wg
+        part_gmem = kernel.gmem.dq_sum.at[kernel.block.batch, q_head, part]
+        dq_fragments.add(part_gmem, load_accumulator(dq_acc, wait_n=0))
 
     pl.run_scoped(product, accumulator(*dq_part(kernel.spec, kernel.config)))

@@ -57,7 +57,8 @@ class GlobalRefs(NamedTuple):
 
     k, v: [B, T, H, D]; q, dout: sources of the same. lse_log2, delta: [B, Hq, Tq rounded up to
     block_q] float32. schedule: [B or 1, Hq or 1, num_kv_tiles, 4] int32 or None. terms: the arrays
-    of mask, score mod and dropout. dq_acc: [B, Tq, Hq, D] float32, added to. gradients: of the
+    of mask, score mod and dropout. dq_sum: float32, added to: of
+    `backward_by_keys.dq_sum_shape` or `dq_fragments.sum_shape`. gradients: of the
     score mod's arrays.
     """
 
@@ -69,7 +70,7 @@ class GlobalRefs(NamedTuple):
     delta: Any
     schedule: Any
     terms: Terms
-    dq_acc: Any
+    dq_sum: Any
     gradients: array_gradients.Refs
 
 
@@ -451,32 +452,6 @@ def accumulator(rows: int, columns: int) -> Any:
 def zero_accumulator(rows: int, columns: int) -> Any:
     """A zero accumulator to carry through ``pl.run_state``."""
     return plgpu.ACC.init(zero_matrix(rows, columns))
-
-
-def add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
-    """Adds this warpgroup's part of a dQ tile to float32 memory, asynchronously."""
-    config, staging_smem = kernel.config, kernel.smem.dq.at[wg]
-    num_buffers, rows, width = staging_smem.shape
-    row, column = q_tile * config.block_q, kernel.block.kv_tile * 0
-    if config.splits_dq_columns:
-        column = column + wg * dq.shape[1]
-    else:
-        row = row + wg * rows
-    # Later adds of the arrays' gradients may still read theirs; but not every tile has these where
-    # some are near and some are not. Where the warpgroups share keys the same step comes back to a
-    # buffer, without such adds between.
-    later = num_buffers - 1
-    if not config.shares_keys and kernel.near is None:
-        later += len(kernel.smem.gradients.matrices)
-    for i in range(dq.shape[1] // width):
-        buffer_smem = staging_smem.at[i % num_buffers]
-        # The adds before have read the buffer.
-        plgpu.wait_smem_to_gmem(later, wait_read_only=True)
-        buffer_smem[...] = dq[:, i * width : (i + 1) * width]
-        plgpu.commit_smem()
-        part = pl.ds(column + i * width, width)
-        at = (kernel.block.batch, pl.ds(row, rows), q_head, part)
-        plgpu.copy_smem_to_gmem(buffer_smem, kernel.gmem.dq_acc.at[at], reduction_op="add")
 
 
 def free_stages(kernel: Kernel, t: Any) -> None:

@@ -21,8 +21,8 @@ NUM_SCORE_STAGES = 2
 class Storage(NamedTuple):
     """What a block allocates; the leading axis of q, lse_log2, dout, delta is a stage.
 
-    ds and p hold scores of two steps, dq each warpgroup's part of a tile or, in turn, of its
-    columns. p and p_ready exist where the warpgroups share the keys. tiles: what is brought of the
+    ds and p hold scores of two steps. p and p_ready exist where the warpgroups share the keys; dq,
+    each warpgroup's part of a tile on its way out, where they do not. tiles: what is brought of the
     terms' arrays, in stages with q; near_ready, near_free: of what only near tiles read, for each
     warpgroup. gradients: of the score mod's arrays, on their way out.
     """
@@ -108,12 +108,6 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     rows, columns = dq_part(spec, config)
     dq_tile = next(tile for tile in (32, 16, 8) if columns % tile == 0)
     shared = config.shares_keys
-    dq_shape = (2, 1, rows, columns)
-    if shared:
-        # No room for all columns: they pass through a few buffers, the same ones in every step.
-        passes = columns // dq_tile
-        num_buffers = next((n for n in range(2, passes) if passes % n == 0), passes)
-        dq_shape = (2, num_buffers, rows, dq_tile)
     score_shape = (NUM_SCORE_STAGES, block_kv, block_q)
 
     def barriers(count=1, arrivals=2):
@@ -132,7 +126,7 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         p=tiled(score_shape, dtype, qk.tile) if hands_p_over(spec, config) else None,
         # Swizzled like Q and K, which it meets in products.
         ds=tiled(score_shape, dtype, qk.tile),
-        dq=tiled(dq_shape, f32, dq_tile),
+        dq=None if shared else tiled((NUM_MATH_WGS, rows, columns), f32, dq_tile),
         kv_ready=barriers(),
         q_ready=barriers(config.num_q_stages, 2 + num_brought(tiles)),
         dout_ready=barriers(config.num_dout_stages),

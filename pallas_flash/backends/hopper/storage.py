@@ -31,6 +31,11 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+def divmod_of(x: Any, n: int) -> tuple[Any, Any]:
+    """Quotient and remainder of an int32 that is not negative."""
+    return lax.div(x, jnp.int32(n)), lax.rem(x, jnp.int32(n))
+
+
 # ---------------------------------------------------------------------------------------------
 # Tiles
 
