@@ -21,6 +21,7 @@ from pallas_flash.backends.hopper.backward_common import (
     accumulator,
     array_gradients_of,
     for_each_q_tile,
+    for_each_q_tile_alike,
     may_hold_padding,
     per_query,
     probabilities,
@@ -83,7 +84,13 @@ def _own_dk(kernel: Kernel, dk_gmem: Any) -> None:
     def all_tiles(dk_acc):
         step = partial(_dk_step, kernel, dk_acc)
         no_sums = array_gradients.no_sums(kernel.spec, kernel.config.block_kv)
-        for_each_q_tile(kernel, step, no_sums, partial(_end_of_head, kernel))
+        end_of_head = partial(_end_of_head, kernel)
+        if hands_p_over(kernel.spec, kernel.config) and kernel.near is None:
+            # Whoever gets P need not know which scores are masked.
+            alike = partial(step, zone=Zone(is_masked=False))
+            for_each_q_tile_alike(kernel, alike, no_sums, end_of_head)
+        else:
+            for_each_q_tile(kernel, step, no_sums, end_of_head)
 
     dk = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.k.shape[-1]))
     # The first warpgroup reads K for its last dQ.

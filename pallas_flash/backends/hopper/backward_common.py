@@ -189,6 +189,35 @@ def for_each_q_tile(
     return lax.fori_loop(one, group, partial(one_head, is_first=False), state)
 
 
+def for_each_q_tile_alike(
+    kernel: Kernel,
+    step: Callable,
+    carry: Any = None,
+    end_of_head: Callable = lambda q_head, carry: carry,
+) -> tuple[Any, Any]:
+    """The same with ``carry = step(t, q_head, q_tile, carry)``, to which all tiles are alike.
+
+    One loop is less to compile. Not where the near tiles come first (`Kernel.near`).
+    """
+
+    def one_head(index, state):
+        t, carry = state
+        q_head = kernel.q_head(index)
+        first, _, _, last = _edges(kernel, q_head)
+        last = jnp.where(index == 0, jnp.maximum(last, first + 1), last)
+        before = t - first
+
+        def body(q_tile, carry):
+            return step(before + q_tile, q_head, q_tile, carry)
+
+        return t + last - first, end_of_head(q_head, lax.fori_loop(first, last, body, carry))
+
+    zero = kernel.block.kv_tile * 0
+    if kernel.spec.group == 1:
+        return one_head(zero, (zero, carry))
+    return lax.fori_loop(zero, zero + kernel.spec.group, one_head, (zero, carry))
+
+
 class _Loop(NamedTuple):
     """Successive query tiles; `before` and a tile's number are the number of its step."""
 
@@ -272,16 +301,22 @@ def load_tiles(kernel: Kernel) -> None:
         *(smem.dout_ready, smem.dout_free, config.num_dout_stages),
     )
 
-    def load(t, q_head, q_tile, _, zone):
+    def load(t, q_head, q_tile, _):
         _load_stage(kernel, q, t, q_head, q_tile)
         slot, place = stage(t, config.num_q_stages), kernel.place(q_head, q_tile)
         ready = smem.q_ready.at[slot]
         bring(kernel.tiling, gmem.terms, smem.tiles, slot, place, ready)
         _load_stage(kernel, dout, t, q_head, q_tile)
-        if smem.near_ready is not None and zone.where == NEAR:
-            _load_near(kernel, place)
 
-    steps, _ = for_each_q_tile(kernel, load)
+    def load_in_zone(t, q_head, q_tile, _, zone):
+        load(t, q_head, q_tile, None)
+        if smem.near_ready is not None and zone.where == NEAR:
+            _load_near(kernel, kernel.place(q_head, q_tile))
+
+    if kernel.near is None:
+        steps, _ = for_each_q_tile_alike(kernel, load)
+    else:
+        steps, _ = for_each_q_tile(kernel, load_in_zone)
     if smem.near_free is not None:
         _drain(smem.near_free, NUM_MATH_WGS, NUM_MATH_WGS)
     _drain(smem.q_free, config.num_q_stages, steps)
