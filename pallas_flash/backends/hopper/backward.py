@@ -121,8 +121,13 @@ def _schedule(spec: AttentionSpec, config: BackwardConfig, mask: Any) -> tuple[R
     if not isinstance(bounds, np.ndarray):
         return Runs(True, True, True), bounds
     edges = [bounds[..., column] for column in (FIRST, FULL_FIRST, FULL_LAST, LAST)]
-    has_any = [bool((low < high).any()) for low, high in itertools.pairwise(edges)]
-    runs = Runs(*has_any) if near is None else Runs(has_any[1], has_any[0], has_any[2])
+    leads, between, trails = (bool((low < high).any()) for low, high in itertools.pairwise(edges))
+    # Where there is nothing to do a loop makes a step all the same, unless that is outside of them.
+    idles = config.shares_keys and bool((edges[0] == edges[3]).any())
+    if near is None:
+        runs = Runs(leads, between, trails or idles)
+    else:
+        runs = Runs(between or idles, leads, trails)
     return runs, jnp.asarray(bounds)
 
 
