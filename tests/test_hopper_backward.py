@@ -64,6 +64,11 @@ CASES = {
     "not-causal-square": Case(
         70, 70, 1, 1, 32, 32, mask=~pf.Causal(), allowed=lambda q, k: k > q
     ),
+    # Every block that is visited is full, and the second tile of keys visits none.
+    "whole-tile-of-keys-unused": Case(
+        64, 256, 1, 1, 64, 64, mask=pf.MaskMod(lambda q, k: k < 128),
+        allowed=lambda q, k: (k < 128) & (q >= 0),
+    ),
     "causal-and-lengths-gqa": Case(
         130, 130, 2, 1, 64, 64, batch=2,
         mask=pf.Causal() & pf.QLengths(lengths(100, 7)) & pf.KvLengths(lengths(90, 0)),

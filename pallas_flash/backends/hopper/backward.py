@@ -121,14 +121,12 @@ def _schedule(spec: AttentionSpec, config: BackwardConfig, mask: Any) -> tuple[R
     if not isinstance(bounds, np.ndarray):
         return Runs(True, True, True), bounds
     edges = [bounds[..., column] for column in (FIRST, FULL_FIRST, FULL_LAST, LAST)]
-    leads, between, trails = (bool((low < high).any()) for low, high in itertools.pairwise(edges))
-    # Where there is nothing to do a loop makes a step all the same, unless that is outside of them.
-    idles = config.shares_keys and bool((edges[0] == edges[3]).any())
-    if near is None:
-        runs = Runs(leads, between, trails or idles)
-    else:
-        runs = Runs(between or idles, leads, trails)
-    return runs, jnp.asarray(bounds)
+    has_any = [bool((low < high).any()) for low, high in itertools.pairwise(edges)]
+    # A tile of keys without any query still has one step, which the mask must empty.
+    has_empty = bool((bounds[..., FIRST] == bounds[..., LAST]).any())
+    if near is not None:
+        return Runs(has_any[1] or has_empty, has_any[0], has_any[2]), jnp.asarray(bounds)
+    return Runs(has_any[0] or has_empty, *has_any[1:]), jnp.asarray(bounds)
 
 
 def _per_query_terms(lse: Any, delta: Any, block_q: int) -> tuple[Any, Any]:

@@ -281,9 +281,10 @@ def _edges(kernel: Kernel, q_head: Any, is_first: Any) -> tuple[Any, Any, Any, A
     if kernel.near is not None:
         full_last = jnp.where(is_first, jnp.maximum(full_last, full_first + 1), full_last)
         last = jnp.maximum(last, full_last)
-    else:
-        last = jnp.where(is_first, jnp.maximum(last, first + 1), last)
-    return first, full_first, full_last, last
+        return first, full_first, full_last, last
+    # All four are the same then.
+    more = jnp.where(is_first & (first == last), 1, 0)
+    return first, full_first + more, full_last + more, last + more
 
 
 class Stream(NamedTuple):
