@@ -64,6 +64,11 @@ CASES = {
     "not-causal-square": Case(
         70, 70, 1, 1, 32, 32, mask=~pf.Causal(), allowed=lambda q, k: k > q
     ),
+    # The second block has no query in any head, the first one's second head has none.
+    "keys-of-no-query-d160-gqa": Case(
+        64, 130, 2, 1, 160, 160, mask=pf.MaskMod(lambda q, k: (k < 50) & (q >= 0)),
+        allowed=lambda q, k: (k < 50) & (q >= 0),
+    ),
     # Every block that is visited is full, and the second tile of keys visits none.
     "whole-tile-of-keys-unused": Case(
         64, 256, 1, 1, 64, 64, mask=pf.MaskMod(lambda q, k: k < 128),

@@ -162,8 +162,8 @@ def for_each_q_tile(
     carry.
     """
     # A first step outside of the loops: ptxas spills less in them, 2.21 ms for 2.69 at 4 x 4096 x
-    # 16 x 128; but where the keys are shared it costs 3.34 for 3.05 at 4 x 4096 x 8 x 256, and a
-    # third of the time to compile. H100, JAX 0.11.2.
+    # 16 x 128. Where the keys are shared it gains nothing, 3.11 for 3.07 at 4 x 4096 x 8 x 256, and
+    # takes time to compile. H100, JAX 0.11.2.
     peels_first = not kernel.config.shares_keys
 
     def one_head(index, state, is_first, peels=False):
