@@ -92,6 +92,16 @@ def test_masks_lower_for_cuda(head_dim, mask):
     assert lowers(described(head_dim, head_dim, mask, q_len=7, kv_len=1001))
 
 
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_arrays_of_odd_lengths_are_copied_as_they_are(head_dim):
+    operands = described(head_dim, head_dim, q_len=4095, kv_len=1001)
+    spec = AttentionSpec.of(operands, 0.1)
+    run = jax.jit(lambda operands: module.forward(spec, hopper.default_config(spec), operands))
+    text = run.trace(operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+    assert "stablehlo.pad" not in text
+
+
 def test_more_than_2_to_31_elements_lower_for_cuda():
     operands = described(128, 128, q_len=2**22, kv_len=2**22)
     assert operands.q.size > 2**31
@@ -103,11 +113,14 @@ def test_lowers_with_64_bit_types():
         mask = pf.Causal() & pf.KvLengths(jax.ShapeDtypeStruct((2,), jnp.int64))
         assert lowers(described(64, 64, mask))
         assert lowers(described(64, 64))
+        assert lowers(described(128, 128, q_len=201, kv_len=201))
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
-def test_lowers_for_cuda_inside_shard_map(check_vma):
-    operands = described(64, 64, pf.Causal() & pf.KvLengths(LENGTHS))
+@pytest.mark.parametrize("length", [200, 201])
+def test_lowers_for_cuda_inside_shard_map(length, check_vma):
+    mask = pf.Causal() & pf.KvLengths(LENGTHS)
+    operands = described(128, 128, mask, q_len=length, kv_len=length)
 
     def local(operands):
         spec = AttentionSpec.of(operands, 0.1)

@@ -22,6 +22,7 @@ from jax import lax
 from pallas_flash.backends.hopper import array_gradients
 from pallas_flash.backends.hopper.backward_storage import NUM_MATH_WGS, WG_KEYS, Storage, tiling
 from pallas_flash.backends.hopper.config import BackwardConfig
+from pallas_flash.backends.hopper.copies import Tile
 from pallas_flash.backends.hopper.elementwise import written_out
 from pallas_flash.backends.hopper.leaves import Terms, leaves_of, near_of, rows_differ_by_head, used
 from pallas_flash.backends.hopper.padding import Source
@@ -346,7 +347,7 @@ def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any
         plgpu.barrier_wait(stream.free.at[slot])
 
     batch, start = kernel.block.batch, q_tile * kernel.config.block_q
-    tile_smem, ready = stream.tile_smem.at[slot], stream.ready.at[slot]
+    tile_smem, ready = Tile(stream.tile_smem.at[slot], None), stream.ready.at[slot]
     stream.source.load(stream.looks, batch, q_head, q_tile, tile_smem, ready)
     row = stream.row_gmem.at[batch, q_head, pl.ds(start, kernel.config.block_q)]
     plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot], ready)

@@ -15,13 +15,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash.backends.hopper.config import Config, ForwardConfig
+from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem, shape_in_gmem
 from pallas_flash.backends.hopper.forward_compute import compute
 from pallas_flash.backends.hopper.forward_kernel import Inputs, Kernel
 from pallas_flash.backends.hopper.forward_load import load
 from pallas_flash.backends.hopper.forward_storage import (
     REDUCTION_SCRATCH_BYTES,
     REGISTERS,
+    out_columns,
     query_columns,
+    split,
     storage,
     tiling,
     value_columns,
@@ -29,7 +32,7 @@ from pallas_flash.backends.hopper.forward_storage import (
 from pallas_flash.backends.hopper.forward_walk import Walk, plan
 from pallas_flash.backends.hopper.leaves import Terms, spelled_out, with_numbers
 from pallas_flash.backends.hopper.padding import Source, unused_keys, without_unused
-from pallas_flash.backends.hopper.storage import padded, round_up
+from pallas_flash.backends.hopper.storage import round_up
 from pallas_flash.spec import AttentionSpec, Operands
 
 COMPILER_PARAMS = plgpu.CompilerParams(
@@ -48,25 +51,25 @@ def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[An
     # P is 0 there, but its product with V would spread 0 * NaN.
     unused = unused_keys(mask, spec.batch, spec.q_len, spec.kv_len)
     inputs = Inputs(
-        q=padded(operands.q, columns),
-        k=Source(padded(operands.k, columns)),
-        v=without_unused(padded(operands.v, v_columns), unused, v_columns, tiles.block_kv),
+        q=in_gmem(operands.q, columns),
+        k=Source(in_gmem(operands.k, columns)),
+        v=without_unused(in_gmem(operands.v, v_columns), unused, v_columns, tiles.block_kv),
         assigned=assigned,
         terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
     )
     out, lse = _launch(spec, tiles, walk, inputs)
-    return out[:, : spec.q_len, :, : spec.value_dim], lse[:, :, : spec.q_len]
+    return out_of_gmem(out, spec.value_dim), lse[:, :, : spec.q_len]
 
 
 def _launch(
     spec: AttentionSpec, config: ForwardConfig, walk: Walk, inputs: Inputs
 ) -> tuple[Any, Any]:
-    """out and lse with padded rows and columns."""
+    """out as it is copied, and lse over whole tiles."""
     num_wgs = config.num_warpgroups
     of_producer, of_consumer = REGISTERS[num_wgs]
 
     def flash_attention_forward(gmem, out_gmem, lse_gmem, smem):
-        kernel = Kernel(spec, config, walk, gmem, out_gmem, lse_gmem, smem)
+        kernel = Kernel(spec, config, walk, gmem, out_gmem, lse_gmem, *split(spec, smem))
         wg = lax.axis_index("wg")
 
         @pl.when(wg == num_wgs)
@@ -81,14 +84,15 @@ def _launch(
                 plgpu.set_max_registers(of_consumer, action="increase")
             compute(kernel, wg)
 
-    batch, rows, heads, _ = inputs.q.shape
+    of_out = spec.batch, spec.q_len, spec.num_q_heads, spec.value_dim
+    columns = out_columns(spec, config)
     lse_rows = round_up(spec.q_len, config.block_q)
     return plgpu.kernel(
         flash_attention_forward,
         out_type=(
-            jax.ShapeDtypeStruct((batch, rows, heads, inputs.v.array.shape[-1]), spec.dtype),
+            jax.ShapeDtypeStruct(shape_in_gmem(of_out, columns), spec.dtype),
             # Whole tiles: a row that ended inside of one would be stored over the next row.
-            jax.ShapeDtypeStruct((batch, heads, lse_rows), jnp.float32),
+            jax.ShapeDtypeStruct((spec.batch, spec.num_q_heads, lse_rows), jnp.float32),
         ),
         grid=(inputs.assigned.tiles.shape[0],),
         grid_names=("block",),

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash.backends import tile as meaning
+from pallas_flash.backends.hopper import copies
 from pallas_flash.backends.hopper.elementwise import written_out_scaled
 from pallas_flash.backends.hopper.forward_kernel import Kernel, place_of
 from pallas_flash.backends.hopper.forward_storage import WG_ROWS
@@ -23,7 +24,6 @@ from pallas_flash.backends.hopper.storage import (
     constant_per_row,
     load_accumulator,
     widen_rows,
-    window,
     zero_matrix,
 )
 from pallas_flash.backends.hopper.tile_arrays import read_rows
@@ -81,15 +81,14 @@ def compute(kernel: Kernel, wg: Any) -> None:
 
 def _load_q(kernel: Kernel, wg: Any, tile: Tile) -> None:
     """Starts the load of a warpgroup's queries."""
-    q_smem = _q_of(kernel, wg, tile)
     start = tile.index * kernel.config.block_q + wg * WG_ROWS
-    source = window(kernel.gmem.q, tile.batch, start, tile.q_head, q_smem)
-    plgpu.copy_gmem_to_smem(source, q_smem, _q_ready(kernel, wg, tile))
+    target = _q_of(kernel, wg, tile), _q_ready(kernel, wg, tile)
+    copies.load(kernel.gmem.q, tile.batch, start, tile.q_head, *target)
 
 
-def _q_of(kernel: Kernel, wg: Any, tile: Tile) -> Any:
+def _q_of(kernel: Kernel, wg: Any, tile: Tile) -> copies.Tile:
     """A warpgroup's queries in SMEM."""
-    return kernel.smem.q.at[kernel.q_stage(tile), wg]
+    return kernel.copied.q.part(kernel.q_stage(tile), wg)
 
 
 def _q_ready(kernel: Kernel, wg: Any, tile: Tile) -> Any:
@@ -118,7 +117,7 @@ def _attend(
     def step(i, state, zone):
         return _step(kernel, wg, q, first_step + i, state, acc, scores(i, zone))
 
-    q = _q_of(kernel, wg, tile)
+    q = _q_of(kernel, wg, tile).whole
     first_part = scores(jnp.int32(0), Zone(not kernel.walk.starts_full))
     state = _first_step(kernel, wg, q, first_step, first_part)
     for i, zone in enumerate(kernel.walk.zones):
@@ -274,15 +273,15 @@ def _finish(kernel: Kernel, wg: Any, tile: Tile, state: State, acc: Any) -> None
     inverse = jnp.where(empty, 0.0, kept / jnp.where(empty, 1.0, sums))
     out = load_accumulator(acc, wait_n=0)
     out = out * widen_rows(inverse, out.shape)
-    out_smem = _q_of(kernel, wg, tile) if smem.out is None else smem.out.at[wg]
+    own = kernel.copied.out
+    staging = _q_of(kernel, wg, tile) if own is None else own.part(wg)
     lse_smem = smem.lse.at[wg]
     # The stores of the tile before have read these.
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    out_smem[...] = out.astype(kernel.spec.dtype)
+    staging.whole[...] = out.astype(kernel.spec.dtype)
     lse_smem[...] = (state.m_log2 + jnp.log2(sums)) * LN_2
     plgpu.commit_smem()
     q_start = tile.index * kernel.config.block_q + wg * WG_ROWS
-    target = window(kernel.out_gmem, tile.batch, q_start, tile.q_head, out_smem)
-    plgpu.copy_smem_to_gmem(out_smem, target)
+    copies.store(staging, kernel.out_gmem, tile.batch, q_start, tile.q_head)
     rows = pl.ds(q_start, WG_ROWS)
     plgpu.copy_smem_to_gmem(lse_smem, kernel.lse_gmem.at[tile.batch, tile.q_head, rows])

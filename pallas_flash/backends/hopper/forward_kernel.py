@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash.backends.hopper.config import ForwardConfig
-from pallas_flash.backends.hopper.forward_storage import Storage, tiling
+from pallas_flash.backends.hopper.forward_storage import Copied, Storage, tiling
 from pallas_flash.backends.hopper.forward_walk import Assigned, Tile, Walk
 from pallas_flash.backends.hopper.leaves import Terms
 from pallas_flash.backends.hopper.storage import LOG2_E
@@ -45,6 +45,7 @@ class Kernel:
     out_gmem: Any
     lse_gmem: Any
     smem: Storage
+    copied: Copied
 
     @property
     def tiling(self) -> Tiling:

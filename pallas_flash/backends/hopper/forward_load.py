@@ -7,6 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_flash.backends.hopper import copies
 from pallas_flash.backends.hopper.forward_kernel import Kernel, place_of
 from pallas_flash.backends.hopper.forward_storage import WG_ROWS
 from pallas_flash.backends.hopper.forward_walk import Tile, for_each_tile
@@ -17,8 +18,8 @@ from pallas_flash.backends.hopper.tile_arrays import bring, bring_near
 def load(kernel: Kernel) -> None:
     """The producer: streams the key blocks of all tiles through the stages."""
     gmem, smem = kernel.gmem, kernel.smem
-    k = Stream(gmem.k, smem.k, smem.k_ready, smem.k_free)
-    v = Stream(gmem.v, smem.v, smem.v_ready, smem.v_free)
+    k = Stream(gmem.k, kernel.copied.k, smem.k_ready, smem.k_free)
+    v = Stream(gmem.v, kernel.copied.v, smem.v_ready, smem.v_free)
 
     def load_tile(tile, _, first_step):
         looks = gmem.v.looks(tile.batch)
@@ -62,7 +63,7 @@ class Stream(NamedTuple):
     """K or V on its way through the stages."""
 
     source: Source
-    tiles: Any
+    tiles: copies.Tile
     ready: Any
     free: Any
 
@@ -76,7 +77,7 @@ def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream, look
     def _():
         plgpu.barrier_wait(free.at[stage])
 
-    target = tiles.at[stage]
+    target = tiles.part(stage)
     kv_head = lax.div(tile.q_head, jnp.int32(kernel.spec.group))
     source.load(looks, tile.batch, kv_head, tile.kv_block(i), target, ready.at[stage])
 

@@ -1,17 +1,18 @@
 """SMEM and barriers of the forward kernel."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from pallas_flash.backends.hopper.copies import Tile, copied, num_copies
 from pallas_flash.backends.hopper.leaves import Terms
 from pallas_flash.backends.hopper.storage import (
     SHARED_MEMORY_LIMIT,
     Columns,
     head_columns,
     shared_memory_bytes,
-    tiled,
     tma_can_tile,
 )
 from pallas_flash.backends.hopper.tiling import Tiling, in_smem, num_brought
@@ -88,14 +89,22 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     tiles = tiling(spec, config)
     num_near = num_brought(tiles, near=True)
     separate = Storage(
-        q=tiled((config.num_q_stages, wgs, WG_ROWS, qk.smem), spec.dtype, qk.tile),
-        k=tiled((stages, block_kv, qk.smem), spec.dtype, qk.tile),
-        v=tiled((stages, block_kv, vo.smem), spec.dtype, vo.tile),
-        out=tiled((wgs, WG_ROWS, vo.smem), spec.dtype, vo.tile),
+        q=copied((config.num_q_stages, wgs, WG_ROWS, qk.smem), spec.dtype, qk, spec.q_len),
+        k=copied((stages, block_kv, qk.smem), spec.dtype, qk, spec.kv_len),
+        v=copied((stages, block_kv, vo.smem), spec.dtype, vo, spec.kv_len),
+        out=copied((wgs, WG_ROWS, vo.smem), spec.dtype, vo, spec.q_len),
         lse=plgpu.SMEM((wgs, WG_ROWS), jnp.float32),
-        q_ready=plgpu.Barrier(num_barriers=config.num_q_stages * wgs),
-        k_ready=plgpu.Barrier(num_arrivals=1 + num_brought(tiles), num_barriers=stages),
-        v_ready=plgpu.Barrier(num_barriers=stages),
+        q_ready=plgpu.Barrier(
+            num_arrivals=num_copies(spec.q_len, WG_ROWS, qk),
+            num_barriers=config.num_q_stages * wgs,
+        ),
+        k_ready=plgpu.Barrier(
+            num_arrivals=num_copies(spec.kv_len, block_kv, qk) + num_brought(tiles),
+            num_barriers=stages,
+        ),
+        v_ready=plgpu.Barrier(
+            num_arrivals=num_copies(spec.kv_len, block_kv, vo), num_barriers=stages
+        ),
         k_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
         turn=plgpu.Barrier(num_barriers=wgs) if config.takes_turns else None,
@@ -108,3 +117,37 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     if out_fits_q and shared_memory_bytes(separate) + REDUCTION_SCRATCH_BYTES > SHARED_MEMORY_LIMIT:
         return separate._replace(out=None)
     return separate
+
+
+def out_columns(spec: AttentionSpec, config: Any) -> Columns:
+    """Layout of value_dim in the tile that the result is staged in."""
+    columns = value_columns(spec, config.block_kv)
+    if storage(spec, config).out is not None:
+        return columns
+    return dataclasses.replace(columns, tile=query_columns(spec).tile)
+
+
+class Copied(NamedTuple):
+    """The tiles that TMA copies, as it does."""
+
+    q: Tile
+    k: Tile
+    v: Tile
+    out: Tile | None
+
+
+def split(spec: AttentionSpec, smem: Storage) -> tuple[Storage, Copied]:
+    """What `storage` has allocated, with whole tiles, and how these are copied."""
+    tiles = Copied(
+        q=Tile.of(smem.q, spec.q_len),
+        k=Tile.of(smem.k, spec.kv_len),
+        v=Tile.of(smem.v, spec.kv_len),
+        out=None if smem.out is None else Tile.of(smem.out, spec.q_len),
+    )
+    whole = smem._replace(
+        q=tiles.q.whole,
+        k=tiles.k.whole,
+        v=tiles.v.whole,
+        out=None if tiles.out is None else tiles.out.whole,
+    )
+    return whole, tiles

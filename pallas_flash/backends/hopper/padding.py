@@ -14,14 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_flash.backends.hopper.copies import Tile, copied, load, num_copies, store
 from pallas_flash.backends.hopper.storage import (
     MATRIX,
     PER_ROW,
     Columns,
     read_scalar,
     round_up,
-    tiled,
-    window,
 )
 from pallas_flash.masks import BlockKind, Mask
 from pallas_flash.masks.schedule import Blocks, block_kinds
@@ -47,12 +46,12 @@ class Source(NamedTuple):
         """Whether to look which tiles of a row of the batch are clean: to be asked early."""
         return None if self.clean is None else read_scalar(self.of_rows, batch) != 0
 
-    def load(self, looks: Any, batch: Any, head: Any, tile: Any, smem: Any, ready: Any) -> None:
+    def load(self, looks: Any, batch: Any, head: Any, tile: Any, smem: Tile, ready: Any) -> None:
         """Starts the load of a tile into SMEM, whose rows it fills. looks: from `looks`."""
-        start = tile * smem.shape[0]
+        start = tile * smem.whole.shape[0]
 
         def load_from(array: Any) -> None:
-            plgpu.copy_gmem_to_smem(window(array, batch, start, head, smem), smem, ready)
+            load(array, batch, start, head, smem, ready)
 
         if self.clean is None:
             load_from(self.array)
@@ -82,7 +81,7 @@ def unused_keys(mask: Mask | None, batch: int, q_len: int, kv_len: int) -> Any:
 
 
 def without_unused(x: jax.Array, unused: Any, columns: Columns, block: int) -> Source:
-    """`x` [B, rows for TMA, H, D] for a kernel that loads it in tiles of `block` rows.
+    """`x`, as it is copied, for a kernel that loads it in tiles of `block` rows.
 
     unused: [B, H or 1, T] bool, or None.
     """
@@ -114,10 +113,11 @@ class Flags(NamedTuple):
 
 def _clean(x: jax.Array, flags: Flags, columns: Columns) -> jax.Array:
     """`x` with zeros in unused rows, in those tiles of `ROWS` rows that are to be written."""
-    batch, _, num_heads, _ = x.shape
+    batch, length, num_heads = x.shape[:3]
     num_tiles = flags.is_written.shape[-1]
 
     def clean_tiles(x_gmem, gmem, out_gmem, smem, ready):
+        staging = Tile.of(smem, length)
         index = lax.axis_index("block")
         row, tile = lax.div(index, jnp.int32(num_tiles)), lax.rem(index, jnp.int32(num_tiles))
 
@@ -126,15 +126,15 @@ def _clean(x: jax.Array, flags: Flags, columns: Columns) -> jax.Array:
             pl.when(read_scalar(gmem.is_written, *at, tile) != 0)(lambda: clean_tile(head, at))
 
         def clean_tile(head, at):
-            plgpu.copy_gmem_to_smem(window(x_gmem, row, tile * ROWS, head, smem), smem, ready)
+            load(x_gmem, row, tile * ROWS, head, staging, ready)
             plgpu.barrier_wait(ready)
-            value = plgpu.load(smem, layout=MATRIX, optimized=False)
+            value = plgpu.load(staging.whole, layout=MATRIX, optimized=False)
             unused = gmem.unused.at[*at, pl.ds(tile * ROWS, ROWS)]
             unused = plgpu.load(unused, layout=PER_ROW, optimized=False)
             is_unused = lax.broadcast_in_dim(unused, value.shape, [0]) != 0
-            smem[...] = jnp.where(is_unused, jnp.zeros_like(value), value)
+            staging.whole[...] = jnp.where(is_unused, jnp.zeros_like(value), value)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(smem, window(out_gmem, row, tile * ROWS, head, smem))
+            store(staging, out_gmem, row, tile * ROWS, head)
             plgpu.wait_smem_to_gmem(0)
 
         # Asked first, as most rows have none: a look at every head takes its time.
@@ -147,6 +147,9 @@ def _clean(x: jax.Array, flags: Flags, columns: Columns) -> jax.Array:
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid=(batch * num_tiles,),
         grid_names=("block",),
-        scratch_types=(tiled((ROWS, columns.smem), x.dtype, columns.tile), plgpu.Barrier()),
+        scratch_types=(
+            copied((ROWS, columns.smem), x.dtype, columns, length),
+            plgpu.Barrier(num_arrivals=num_copies(length, ROWS, columns)),
+        ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(x, flags)

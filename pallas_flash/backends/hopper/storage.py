@@ -84,8 +84,11 @@ def tiled(shape: tuple[int, ...], dtype: Any, tile: int) -> Any:
 def shared_memory_bytes(allocations: Any) -> int:
     """SMEM that Pallas requests for scratch types: buffers aligned, 8 bytes a barrier."""
     total = 0
-    for item in jax.tree.leaves(allocations, is_leaf=lambda x: isinstance(x, plgpu.Barrier)):
-        if isinstance(item, plgpu.Barrier):
+    kinds = plgpu.Barrier, plgpu.RefUnion
+    for item in jax.tree.leaves(allocations, is_leaf=lambda x: isinstance(x, kinds)):
+        if isinstance(item, plgpu.RefUnion):
+            total += max(map(shared_memory_bytes, item.refs))
+        elif isinstance(item, plgpu.Barrier):
             total += 8 * int(np.prod(item.num_barriers))
         else:
             size = math.prod(item.shape) * jnp.dtype(item.dtype).itemsize
