@@ -52,7 +52,7 @@ def add(part_gmem: Any, dq: Any) -> None:
 
 def _load(part_gmem: Any, rows: int, columns: int) -> Any:
     """The matrix in a part of the sum."""
-    result = plgpu.ShapeDtypeStruct((rows, columns), jnp.float32, layout=MATRIX)
+    result = plgpu.ShapeDtypeStruct((rows, columns), jnp.dtype(jnp.float32), layout=MATRIX)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
     def load_fragments(_, part):
