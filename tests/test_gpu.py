@@ -16,7 +16,7 @@ import oracle
 import pallas_flash as pf
 from conftest import MASKS as MASKS_OF_ALL
 from conftest import Sizes, normal, qkv
-from term_cases import KEY, ON_A_DEVICE, SCORES, inputs, judge
+from term_cases import KEY, ON_A_DEVICE, SCORES, TERM_SIZES, inputs, judge
 from tolerance import assert_as_good_as_plain, assert_close_to_oracle
 
 pytestmark = pytest.mark.gpu
@@ -130,14 +130,6 @@ def test_head_groups(heads, head_dim, record_property):
 def test_masks(mask, head_dim, record_property):
     sizes = Sizes(3, 777, 900, 4, 2, head_dim, head_dim)
     check(sizes, MASKS[mask], jnp.bfloat16, record_property)
-
-
-TERM_SIZES = {
-    "d32": Sizes(2, 300, 420, 4, 2, 32, 32),
-    "d64": Sizes(3, 640, 512, 4, 4, 64, 64),
-    "d128": Sizes(2, 333, 500, 4, 1, 128, 128),
-    "d256": Sizes(2, 300, 420, 4, 2, 256, 256),
-}
 
 
 @pytest.mark.parametrize("sizes", TERM_SIZES)
@@ -263,7 +255,7 @@ def test_tangents_and_second_derivatives(record_property):
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "d_array"), got, truth, strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
         error = np.abs(a - b).max() / np.abs(b).max()
-        record_property(f"error_{name}", error)
+        record_property(f"error_{name}", float(error))
         # bfloat16's rounding of out and of the first gradients.
         assert error < 0.02, name
 
