@@ -5,6 +5,7 @@
 Every case is judged against a float64 oracle and against plain attention in the same precision.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -16,6 +17,9 @@ import oracle
 import pallas_flash as pf
 from conftest import MASKS as MASKS_OF_ALL
 from conftest import Sizes, normal, qkv
+from pallas_flash.backends import hopper
+from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.tuning import table
 from term_cases import KEY, ON_A_DEVICE, SCORES, TERM_SIZES, inputs, judge
 from tolerance import assert_as_good_as_plain, assert_close_to_oracle
 
@@ -26,6 +30,7 @@ UNEQUAL = [(1, 1000), (1000, 1), (65, 1000), (1000, 129), (257, 4097)]
 # Without a mask every tile is the same but the last one.
 WITHOUT_MASK = [(1, 1), (63, 63), (129, 129), (1000, 1), (257, 4097)]
 HEAD_DIMS = [16, 40, 64, 80, 96, 128, 192, 256]
+H100 = table.DATA / "nvidia_h100_80gb_hbm3.json"
 HEADS = {"mha": (4, 4), "gqa-8-to-1": (8, 1), "gqa-2-to-1": (4, 2), "mqa": (3, 1)}
 
 
@@ -68,7 +73,7 @@ def with_gradients(function, arrays, cotangents):
     return *results, *vjp(cotangents)
 
 
-def check(sizes: Sizes, make_mask, dtype, record, backend="hopper"):
+def check(sizes: Sizes, make_mask, dtype, record, config=None):
     mask, allowed = make_mask(sizes)
     with oracle.on_host():
         arrays = qkv(sizes, dtype)
@@ -83,7 +88,8 @@ def check(sizes: Sizes, make_mask, dtype, record, backend="hopper"):
         return results[0], jnp.where(results[1] == -jnp.inf, 0.0, results[1])
 
     def ours(q, k, v):
-        return finite(pf.flash_attention_with_lse(q, k, v, mask=mask, backend=backend))
+        how = {"backend": "hopper", "config": config}
+        return finite(pf.flash_attention_with_lse(q, k, v, mask=mask, **how))
 
     def plain(q, k, v):
         return finite(oracle.plain_attention_with_lse(q, k, v, allowed))
@@ -153,6 +159,44 @@ def test_any_length(length, mask, record_property):
 def test_any_head_dim(head_dim, mask, dtype, record_property):
     sizes = Sizes(2, 1000, 1000, 4, 2, head_dim, head_dim)
     check(sizes, MASKS[mask], dtype, record_property)
+
+
+@pytest.mark.parametrize(
+    ("mask", "head_dim"),
+    [
+        ("full", 64),
+        ("full", 128),
+        ("causal", 128),
+        ("packed", 64),
+        ("packed", 128),
+        ("packed", 256),
+    ],
+)
+def test_more_tiles_than_multiprocessors(mask, head_dim, record_property):
+    """Blocks have several tiles each, in the order that suits the cache."""
+    sizes = Sizes(6, 600, 600, 16, 8, head_dim, head_dim)
+    packed = MASKS_OF_ALL["causal-segments"]
+    check(sizes, MASKS.get(mask, packed), jnp.bfloat16, record_property)
+
+
+def _tuned():
+    """Head dimension, mask and parts of the configuration, each once."""
+    entries = table.read(H100, {"hopper": hopper.BACKEND})
+    found = {(e.key.head_dim, e.key.mask, *e.config.items()) for e in entries}
+    return sorted(found, key=str)
+
+
+@pytest.mark.parametrize("number", range(len(_tuned())))
+def test_tuned_configurations(number, record_property):
+    head_dim, mask, *parts = _tuned()[number]
+    sizes = Sizes(2, 1000, 1000, 4, 2, head_dim, head_dim)
+    make_mask = MASKS["full" if mask == "none" else "causal"]
+    described = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv(sizes, jnp.bfloat16)]
+    default = hopper.default_config(
+        AttentionSpec.of(Operands(*described, make_mask(sizes)[0]), 1.0)
+    )
+    config = dataclasses.replace(default, **dict(parts))
+    check(sizes, make_mask, jnp.bfloat16, record_property, config)
 
 
 @pytest.mark.parametrize("dims", [(192, 128), (64, 256), (256, 16), (40, 72), (128, 64)])
