@@ -41,8 +41,8 @@ class Summary:
         if report.outcome == "rerun" or (report.when in ("setup", "teardown") and report.passed):
             return
         case = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration)}
-        if report.skipped:
-            case["reason"] = report.longrepr[-1]
+        if not report.passed:
+            case["reason"] = report.longreprtext[-1000:]
         self.cases.append(case | dict(report.user_properties))
         self.write()
 

@@ -49,6 +49,7 @@ def test_a_new_process_runs_what_comes_behind_a_crash(tmp_path):
     found = outcomes(tmp_path, "-n1", "--maxschedchunk=1")
     assert found["test_crash"]["outcome"] == "failed"
     assert found["test_crash"]["error"] == 0.5
+    assert "assert 0" in found["test_crash"]["reason"]
     assert [found[f"test_behind_it[{i}]"]["outcome"] for i in range(4)] == ["passed"] * 4
 
 
