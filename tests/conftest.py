@@ -1,9 +1,6 @@
 """Set-up of every test, and the lists that every property is run for."""
 
-import collections
-import json
 import os
-import pathlib
 
 # Before jax is imported: sharding tests need devices, interpret mode needs threads.
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -18,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gpu_session
 import pallas_flash as pf
-from benchmarks import record
 from pallas_flash.backends.blockwise import BlockwiseConfig
-from pallas_flash.tuning.table import device_name
 
 # XLA's optimizations are not what is tested on a CPU, and they are a third of the time.
 if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -44,40 +40,8 @@ def pytest_addoption(parser):
     )
 
 
-class _Summary:
-    """Collects outcomes and recorded errors, and writes them at the end of the session."""
-
-    def __init__(self, folder: str):
-        self.folder, self.cases = pathlib.Path(folder), []
-
-    def pytest_runtest_logreport(self, report):
-        if report.when == "call":
-            case = {
-                "test": report.nodeid,
-                "outcome": report.outcome,
-                **dict(report.user_properties),
-            }
-            self.cases.append(case)
-
-    def pytest_sessionfinish(self):
-        outcomes = collections.Counter(case["outcome"] for case in self.cases)
-        summary = {
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "commit": record.commit(),
-            "date": record.today(),
-            "outcomes": outcomes,
-            "cases": self.cases,
-        }
-        path = self.folder / device_name(summary["device"]) / "correctness.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(summary, indent=1) + "\n")
-
-
 def pytest_configure(config):
-    is_worker = hasattr(config, "workerinput")
-    if (folder := config.getoption("--gpu-summary")) and not is_worker:
-        config.pluginmanager.register(_Summary(folder))
+    gpu_session.register(config, config.getoption("--gpu-summary"))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ plain arrays (a boolean matrix, a function of the scores), never as the package'
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def attention(q, k, v, *, allowed=None, change=None, scale=None, sink=None, keep=None):
@@ -21,7 +22,7 @@ def attention(q, k, v, *, allowed=None, change=None, scale=None, sink=None, keep
     s = jnp.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if change is not None:
         s = change(s)
-    allowed = jnp.broadcast_to(True if allowed is None else allowed, s.shape)
+    allowed = jnp.broadcast_to(_not_folded(True if allowed is None else allowed), s.shape)
     if sink is not None:
         sink = jnp.broadcast_to(sink[..., None, None], (*s.shape[:3], 1))
         s, allowed = (jnp.concatenate(pair, -1) for pair in ((s, sink), (allowed, sink > -jnp.inf)))
@@ -35,13 +36,18 @@ def attention(q, k, v, *, allowed=None, change=None, scale=None, sink=None, keep
     return out, jnp.where(some, lse, -jnp.inf)[..., 0]
 
 
+def _not_folded(x):
+    """An array that XLA does not take for a constant: it takes a minute to fold a large one."""
+    return jax.lax.optimization_barrier(jnp.asarray(x))
+
+
 def plain_attention_with_lse(q, k, v, allowed, scale=None, change=None, keep=None):
     """Attention as one writes it in low precision: products of q's dtype summed in float32,
     softmax in float32, P rounded to q's dtype. Same results as `attention`."""
     group = q.shape[2] // k.shape[2]
     k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
     s = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=jnp.float32)
-    allowed = jnp.broadcast_to(allowed, s.shape)
+    allowed = jnp.broadcast_to(_not_folded(allowed), s.shape)
     some = allowed.any(-1, keepdims=True)
     s = s * (q.shape[-1] ** -0.5 if scale is None else scale)
     s = s if change is None else change(s)
@@ -53,15 +59,26 @@ def plain_attention_with_lse(q, k, v, allowed, scale=None, change=None, keep=Non
     return out.astype(q.dtype), jnp.where(some, lse, -jnp.inf)[..., 0]
 
 
+def on_host():
+    """Where references are computed: a GPU takes longer to compile them than a CPU to run them."""
+    return jax.default_device(jax.devices("cpu")[0])
+
+
 def with_gradients(arrays, cotangents, function):
     """``function(*arrays)`` in float64 and the gradients of its arrays for the given cotangents."""
     with jax.enable_x64(True):
-        wide = [jnp.asarray(x, jnp.float64) for x in arrays]
-        cotangents = tuple(jnp.asarray(c, jnp.float64) for c in cotangents)
+        wide = [np.asarray(x, np.float64) for x in arrays]
+        cotangents = tuple(np.asarray(c, np.float64) for c in cotangents)
+        return in_own_precision(wide, cotangents, function)
 
-        @jax.jit
-        def both(arrays, cotangents):
-            results, vjp = jax.vjp(function, *arrays)
-            return results, vjp(cotangents)
 
-        return both(wide, cotangents)
+def in_own_precision(arrays, cotangents, function):
+    """The same in the arrays' own dtypes."""
+
+    @jax.jit
+    def both(arrays, cotangents):
+        results, vjp = jax.vjp(function, *arrays)
+        return results, vjp(cotangents)
+
+    with on_host():
+        return both(*jax.tree.map(np.asarray, (arrays, cotangents)))

@@ -5,7 +5,9 @@
 Every case is judged against a float64 oracle and against plain attention in the same precision.
 """
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,20 @@ import oracle
 import pallas_flash as pf
 from conftest import MASKS as MASKS_OF_ALL
 from conftest import Sizes, normal, qkv
-from term_cases import KEY, ON_A_DEVICE, SCORES, inputs, judge
+from pallas_flash.backends import hopper
+from pallas_flash.spec import AttentionSpec, Operands
+from pallas_flash.tuning import table
+from term_cases import KEY, ON_A_DEVICE, SCORES, TERM_SIZES, inputs, judge
 from tolerance import assert_as_good_as_plain, assert_close_to_oracle
 
 pytestmark = pytest.mark.gpu
 
-LENGTHS = [(1, 1), (7, 7), (63, 63), (65, 65), (129, 129), (1000, 1000), (4097, 4097)]
+LENGTHS = [(1, 1), (7, 7), (63, 63), (129, 129), (1000, 1000), (4097, 4097)]
 UNEQUAL = [(1, 1000), (1000, 1), (65, 1000), (1000, 129), (257, 4097)]
+# Without a mask every tile is the same but the last one.
+WITHOUT_MASK = [(1, 1), (63, 63), (257, 4097)]
 HEAD_DIMS = [16, 40, 64, 80, 96, 128, 192, 256]
+H100 = table.DATA / "nvidia_h100_80gb_hbm3.json"
 HEADS = {"mha": (4, 4), "gqa-8-to-1": (8, 1), "gqa-2-to-1": (4, 2), "mqa": (3, 1)}
 
 
@@ -66,18 +74,22 @@ def with_gradients(function, arrays, cotangents):
     return *results, *vjp(cotangents)
 
 
-def check(sizes: Sizes, make_mask, dtype, record, backend="hopper"):
+def check(sizes: Sizes, make_mask, dtype, record):
     mask, allowed = make_mask(sizes)
-    allowed = jnp.asarray(allowed)
-    arrays = qkv(sizes, dtype)
-    dout = normal(5, sizes.batch, sizes.q_len, sizes.num_q_heads, sizes.value_dim, dtype=dtype)
-    dlse = normal(6, sizes.batch, sizes.num_q_heads, sizes.q_len)
+    with oracle.on_host():
+        arrays = qkv(sizes, dtype)
+        shape = sizes.batch, sizes.q_len, sizes.num_q_heads
+        cotangents = (
+            normal(5, *shape, sizes.value_dim, dtype=dtype),
+            normal(6, *shape[::2], sizes.q_len),
+        )
+    problem = jax.tree.map(np.asarray, (arrays, cotangents))
 
     def finite(results):
         return results[0], jnp.where(results[1] == -jnp.inf, 0.0, results[1])
 
     def ours(q, k, v):
-        return finite(pf.flash_attention_with_lse(q, k, v, mask=mask, backend=backend))
+        return finite(pf.flash_attention_with_lse(q, k, v, mask=mask, backend="hopper"))
 
     def plain(q, k, v):
         return finite(oracle.plain_attention_with_lse(q, k, v, allowed))
@@ -85,10 +97,11 @@ def check(sizes: Sizes, make_mask, dtype, record, backend="hopper"):
     def exact(q, k, v):
         return finite(oracle.attention(q, k, v, allowed=allowed))
 
-    got = with_gradients(ours, arrays, (dout, dlse))
-    usual = with_gradients(plain, arrays, (dout, dlse))
-    truth, gradients = oracle.with_gradients(arrays, (dout, dlse), exact)
-    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), got, usual, (*truth, *gradients)):
+    got = with_gradients(ours, *problem)
+    usual, truth = oracle.in_own_precision(*problem, plain), oracle.with_gradients(*problem, exact)
+    names = ("out", "lse", "dq", "dk", "dv")
+    references = ((*values, *gradients) for values, gradients in (usual, truth))
+    for name, a, b, c in zip(names, got, *references, strict=True):
         record(f"error_{name}", float(np.abs(np.asarray(a, np.float64) - np.asarray(c)).max()))
         if name == "lse":
             assert_close_to_oracle(a, c, name, rtol=1e-5)
@@ -96,59 +109,30 @@ def check(sizes: Sizes, make_mask, dtype, record, backend="hopper"):
             assert_as_good_as_plain(a, b, c, name, 2.0 if name == "out" else 3.0)
 
 
-@pytest.mark.parametrize("mask", ["full", "causal"])
-@pytest.mark.parametrize("length", LENGTHS + UNEQUAL, ids=lambda n: f"{n[0]}x{n[1]}")
-def test_any_length(length, mask, record_property):
-    sizes = (
-        Sizes(2, *length, 4, 2, 64, 64) if max(length) < 4000 else Sizes(1, *length, 2, 1, 64, 64)
-    )
-    check(sizes, MASKS[mask], jnp.bfloat16, record_property)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("mask", ["full", "causal"])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_any_head_dim(head_dim, mask, dtype, record_property):
-    sizes = Sizes(2, 1000, 1000, 4, 2, head_dim, head_dim)
-    check(sizes, MASKS[mask], dtype, record_property)
-
-
-@pytest.mark.parametrize("dims", [(192, 128), (64, 256), (256, 16), (40, 72), (128, 64)])
-def test_value_dim_of_its_own(dims, record_property):
-    check(Sizes(2, 333, 500, 4, 2, *dims), MASKS["causal"], jnp.bfloat16, record_property)
-
-
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("heads", HEADS)
-def test_head_groups(heads, head_dim, record_property):
-    sizes = Sizes(2, 700, 500, *HEADS[heads], head_dim, head_dim)
-    check(sizes, MASKS["causal"], jnp.bfloat16, record_property)
-
-
-@pytest.mark.parametrize("head_dim", [40, 64, 128, 192])
-@pytest.mark.parametrize("mask", ["lengths-and-bottom-right", "window", "not-or"])
-def test_masks(mask, head_dim, record_property):
-    sizes = Sizes(3, 777, 900, 4, 2, head_dim, head_dim)
-    check(sizes, MASKS[mask], jnp.bfloat16, record_property)
-
-
-TERM_SIZES = {
-    "d32": Sizes(2, 300, 420, 4, 2, 32, 32),
-    "d64": Sizes(3, 640, 512, 4, 4, 64, 64),
-    "d128": Sizes(2, 333, 500, 4, 1, 128, 128),
-    "d256": Sizes(2, 300, 420, 4, 2, 256, 256),
+# Masks without more are the same to all kernels, and so is a score mod that comes with dropout too.
+FEWER = {
+    "d256": {"causal-segments", "segments-in-any-order", "dense", "not-causal-or-dense"},
+    "d128": {"segments-in-any-order", "not-causal-or-dense"},
 }
+FEWER = {sizes: {*names, "wide-relative-bias"} for sizes, names in FEWER.items()}
+# The largest kernels first: the last ones to be compiled keep others waiting. Small head dimensions
+# have the same kernels: one of them for each case.
+HEAVY_FIRST = [
+    (name, sizes) for sizes in FEWER for name in reversed(ON_A_DEVICE) if name not in FEWER[sizes]
+]
+HEAVY_FIRST += [(name, ("d32", "d64")[i % 2]) for i, name in enumerate(ON_A_DEVICE)]
 
 
-@pytest.mark.parametrize("sizes", TERM_SIZES)
-@pytest.mark.parametrize("name", ON_A_DEVICE)
+@pytest.mark.parametrize(("name", "sizes"), HEAVY_FIRST, ids=map("-".join, HEAVY_FIRST))
 def test_masks_scores_and_dropout(name, sizes, record_property):
     case = ON_A_DEVICE[name]._replace(sizes=TERM_SIZES[sizes])
-    score = SCORES[case.score](case.sizes)
-    arrays, cotangents = inputs(case.sizes, score)
-    mask = MASKS_OF_ALL[case.mask](case.sizes)[0]
+    with oracle.on_host():
+        score = SCORES[case.score](case.sizes)
+        problem = jax.tree.map(np.asarray, inputs(case.sizes, score))
+        mask = MASKS_OF_ALL[case.mask](case.sizes)[0]
     if (name, sizes) == ("wide-arrays-of-every-kind", "d256"):
-        reason = pf.explain_backends(*arrays[:3], mask=mask, score_mod=score.make(score.array))
+        arrays = problem[0][:3]
+        reason = pf.explain_backends(*arrays, mask=mask, score_mod=score.make(score.array))
         assert "bytes of shared memory" in reason["hopper"]
         return
 
@@ -159,7 +143,107 @@ def test_masks_scores_and_dropout(name, sizes, record_property):
         )
         return out, jnp.where(lse == -jnp.inf, 0.0, lse)
 
-    judge(case, with_gradients(ours, arrays, cotangents), record_property)
+    judge(case, with_gradients(ours, *problem), record_property)
+
+
+@pytest.mark.parametrize(
+    ("length", "mask"),
+    [*((n, "causal") for n in LENGTHS + UNEQUAL), *((n, "full") for n in WITHOUT_MASK)],
+    ids=lambda x: x if isinstance(x, str) else f"{x[0]}x{x[1]}",
+)
+def test_any_length(length, mask, record_property):
+    sizes = (
+        Sizes(2, *length, 4, 2, 64, 64) if max(length) < 4000 else Sizes(1, *length, 2, 1, 64, 64)
+    )
+    check(sizes, MASKS[mask], jnp.bfloat16, record_property)
+
+
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [("full", jnp.float16), ("causal", jnp.bfloat16)],
+    ids=["full-float16", "causal-bfloat16"],
+)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_any_head_dim(head_dim, mask, dtype, record_property):
+    sizes = Sizes(2, 1000, 1000, 4, 2, head_dim, head_dim)
+    check(sizes, MASKS[mask], dtype, record_property)
+
+
+@pytest.mark.parametrize(
+    ("mask", "head_dim"),
+    [("causal", 128), ("packed", 64), ("packed", 128), ("packed", 256)],
+)
+def test_more_tiles_than_multiprocessors(mask, head_dim, record_property):
+    """Blocks have several tiles each, in the order that suits the cache."""
+    sizes = Sizes(6, 600, 600, 16, 8, head_dim, head_dim)
+    packed = MASKS_OF_ALL["causal-segments"]
+    check(sizes, MASKS.get(mask, packed), jnp.bfloat16, record_property)
+
+
+def _tuned():
+    """Head dimension, mask and parts of the configuration, each once."""
+    entries = table.read(H100, {"hopper": hopper.BACKEND})
+    found = {(e.key.head_dim, e.key.mask, *e.config.items()) for e in entries}
+    return sorted(found, key=str)
+
+
+@pytest.mark.parametrize("number", range(len(_tuned())))
+def test_tuned_configurations(number, record_property):
+    """Of the forward: the backward's are the defaults."""
+    head_dim, kind, *parts = _tuned()[number]
+    mask, allowed = MASKS["full" if kind == "none" else "causal"](Sizes(q_len=1000, kv_len=1000))
+    with oracle.on_host():
+        arrays = qkv(Sizes(2, 1000, 1000, 4, 2, head_dim, head_dim), jnp.bfloat16)
+        exact, plain = jax.jit(oracle.attention), jax.jit(oracle.plain_attention_with_lse)
+        low = plain(*arrays, allowed)
+        with jax.enable_x64(True):
+            truth = exact(*arrays, allowed=allowed)
+    arrays = jax.tree.map(np.asarray, arrays)
+    default = hopper.default_config(AttentionSpec.of(Operands(*arrays, mask), scale=1.0))
+    config = dataclasses.replace(default, **dict(parts))
+    how = {"mask": mask, "backend": "hopper", "config": config}
+    out, lse = jax.jit(functools.partial(pf.flash_attention_with_lse, **how))(*arrays)
+    error = np.abs(np.asarray(out, np.float64) - np.asarray(truth[0]))
+    record_property("error_out", float(error.max()))
+    assert_as_good_as_plain(out, low[0], truth[0], "out", 2.0)
+    assert_close_to_oracle(lse, truth[1], "lse", rtol=1e-5)
+
+
+@pytest.mark.parametrize("dims", [(192, 128), (64, 256), (256, 16), (40, 72), (128, 64)])
+def test_value_dim_of_its_own(dims, record_property):
+    check(Sizes(2, 333, 500, 4, 2, *dims), MASKS["causal"], jnp.bfloat16, record_property)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim"), [*((heads, 64) for heads in HEADS), ("gqa-8-to-1", 256), ("mqa", 256)]
+)
+def test_head_groups(heads, head_dim, record_property):
+    sizes = Sizes(2, 700, 500, *HEADS[heads], head_dim, head_dim)
+    check(sizes, MASKS["causal"], jnp.bfloat16, record_property)
+
+
+@pytest.mark.parametrize(
+    ("mask", "head_dim"),
+    [
+        *itertools.product(("lengths-and-bottom-right", "window", "not-or"), (128, 192)),
+        ("lengths-and-bottom-right", 40),
+    ],
+)
+def test_masks(mask, head_dim, record_property):
+    sizes = Sizes(3, 777, 900, 4, 2, head_dim, head_dim)
+    check(sizes, MASKS[mask], jnp.bfloat16, record_property)
+
+
+def test_masks_and_dropout_of_one_number_for_a_tile(record_property):
+    """Beside it, one head that may attend to nothing."""
+    is_open = np.array([1, 0, 1, 1], bool).reshape(1, 4, 1, 1)
+    for mask in (pf.DenseMask(is_open), pf.MaskMod(lambda q, k, x: x > 0, is_open.astype(int))):
+        sizes = Sizes(2, 256, 128, 4, 2, 64, 64)
+        check(sizes, lambda z, mask=mask: (mask, is_open), jnp.bfloat16, record_property)
+    q, k, v = qkv(Sizes(8, 1, 1, 64, 64, 64, 64), jnp.bfloat16)
+    dropout = pf.Dropout(0.5, KEY)
+    out = pf.flash_attention(q, k, v, dropout=dropout, backend="hopper")
+    assert (out == jnp.where(dropout.keep_mask(8, 64, 1, 1)[:, None, :, 0], 2 * v, 0)).all()
 
 
 def test_nan_in_padding_does_not_leak():
@@ -238,6 +322,7 @@ def test_tangents_and_second_derivatives(record_property):
     score = SCORES["softcap-then-bias"](sizes)
     arrays = [*qkv(sizes, jnp.bfloat16), score.array]
     moves = [normal(20 + i, *x.shape, dtype=x.dtype) for i, x in enumerate(arrays)]
+    arrays, moves = jax.tree.map(np.asarray, (arrays, moves))
 
     def ours(q, k, v, array):
         return pf.flash_attention_with_lse(
@@ -257,13 +342,12 @@ def test_tangents_and_second_derivatives(record_property):
         return lambda x, dx: (*tangents(x, dx), *second(x, dx))
 
     got = derivatives(ours)(arrays, moves)
-    with jax.enable_x64(True):
-        wide = [[x.astype(jnp.float64) for x in xs] for xs in (arrays, moves)]
-        truth = derivatives(exact)(*wide)
+    with oracle.on_host(), jax.enable_x64(True):
+        truth = derivatives(exact)(*jax.tree.map(np.float64, (arrays, moves)))
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "d_array"), got, truth, strict=True):
         a, b = (np.asarray(x, np.float64) for x in (a, b))
         error = np.abs(a - b).max() / np.abs(b).max()
-        record_property(f"error_{name}", error)
+        record_property(f"error_{name}", float(error))
         # bfloat16's rounding of out and of the first gradients.
         assert error < 0.02, name
 

@@ -58,17 +58,24 @@ def check(record, *, q_len=1, heads=(8, 2), dims=(128, 128), dtype=jnp.bfloat16,
     kv_pos = np.arange(longest)
     allowed = (kv_pos <= q_pos) & (kv_pos > q_pos - (window or longest + 1))
     allowed &= (i < counts[:, None])[:, None, :, None]
-    with jax.enable_x64(True):
-        truth = np.asarray(jax.jit(oracle.attention)(q, k, v, allowed=allowed)[0])
-    plain = jax.jit(oracle.plain_attention_with_lse)(q, k, v, allowed)[0]
+    qkv = [np.asarray(x) for x in (q, k, v)]
+    with oracle.on_host():
+        plain = jax.jit(oracle.plain_attention_with_lse)(*qkv, allowed)[0]
+        with jax.enable_x64(True):
+            truth = np.asarray(jax.jit(oracle.attention)(*qkv, allowed=allowed)[0])
     record("error_out", float(np.abs(np.asarray(out, np.float64) - truth).max()))
     assert_as_good_as_plain(out, plain, truth, "out", 2.0)
     for _ in range(20):
         assert (decode(q, cache) == out).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [
+        *((d, jnp.bfloat16) for d in (16, 24, 40, 64, 80, 96, 128, 192, 256)),
+        *((d, jnp.float16) for d in (16, 64, 256)),
+    ],
+)
 def test_any_head_dim(head_dim, dtype, record_property):
     check(record_property, dims=(head_dim, head_dim), dtype=dtype)
 
@@ -78,10 +85,13 @@ def test_value_dim_of_its_own(dims, record_property):
     check(record_property, dims=dims, q_len=2)
 
 
-@pytest.mark.parametrize("q_len", [1, 3, 8, 16])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (3, 1), (40, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "q_len"),
+    [((4, 4), 1), ((4, 4), 16), ((8, 2), 8), ((3, 1), 3), ((3, 1), 16), ((40, 5), 1), ((40, 5), 8)],
+    ids=str,
+)
 def test_several_queries_and_any_group(heads, q_len, record_property):
-    check(record_property, heads=heads, q_len=min(q_len, 64 * heads[1] // heads[0]))
+    check(record_property, heads=heads, q_len=q_len)
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 64, 128, 192])

@@ -32,6 +32,11 @@ def _not(x: Any) -> Any:
     return x == False if x.dtype == jnp.bool_ else lax.bitwise_not(x)  # noqa: E712
 
 
+def _select_n(which: Any, *cases: Any) -> Any:
+    # Warpgroup semantics has no choice between matrices by one bool.
+    return lax.select_n(jnp.broadcast_to(which, jnp.shape(cases[0])), *cases)
+
+
 # What is said in other words.
 _REWRITTEN: dict[str, Callable[..., Any]] = {
     "add_any": lambda x, y: x + y,
@@ -42,6 +47,7 @@ _REWRITTEN: dict[str, Callable[..., Any]] = {
     "integer_pow": _integer_pow,
     "is_finite": lambda x: jnp.abs(x) < jnp.inf,
     "not": _not,
+    "select_n": _select_n,
 }
 # What both lowerings of Mosaic GPU have, elementwise, from JAX 0.11.2 on.
 _LOWERED = frozenset(
@@ -49,8 +55,8 @@ _LOWERED = frozenset(
     for names in (
         "abs add and bitcast_convert_type broadcast_in_dim clamp convert_element_type cos div eq",
         "exp exp2 ge gt le log log2 logistic lt max min mul ne neg one_minus_square or rem reshape",
-        "round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sqrt",
-        "square squeeze sub tanh xor",
+        "round rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sqrt square",
+        "squeeze sub tanh xor",
     )
     for name in names.split()
 )

@@ -125,12 +125,17 @@ class Part:
         """Where the mask allows, or None without one: [rows, columns] bool."""
         if terms.mask is None:
             return None
-        return written_out(lambda mask: mask.allowed(*self.positions()))(terms.mask)
+        allowed = written_out(lambda mask: mask.allowed(*self.positions()))(terms.mask)
+        # One number may tell it for all scores of a tile.
+        return jnp.broadcast_to(allowed, self.shape)
 
 
 def keep(terms: Terms, p: Any) -> Any:
     """Probabilities, or their gradients, with zeros where dropout drops them, not rescaled."""
-    return p if terms.dropout is None else jnp.where(terms.dropout.keep(), p, 0.0)
+    if terms.dropout is None:
+        return p
+    # A number where there is one query and one key.
+    return jnp.where(jnp.broadcast_to(terms.dropout.keep(), p.shape), p, 0.0)
 
 
 def dropout_factor(spec: AttentionSpec) -> float:

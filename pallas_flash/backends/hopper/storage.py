@@ -19,6 +19,8 @@ L2_BYTES_PER_GROUP = 16 * 2**20
 SHARED_MEMORY_LIMIT = 232448
 # Every allocation starts at a multiple of this.
 SMEM_ALIGNMENT = 1024
+# What TMA reads or writes in SMEM starts at a multiple of so many bytes.
+TMA_SMEM_ALIGNMENT = 128
 # TMA cuts arrays into tiles of 8 rows: a longer array must be a multiple of them.
 TMA_ROWS = 8
 MATRIX = plgpu.Layout.WGMMA

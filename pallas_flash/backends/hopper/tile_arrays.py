@@ -41,9 +41,11 @@ def bring(tiling: Tiling, gmem: Terms, smem: Terms, stage: Any, place: Place, re
             if leaf.kind is Kind.PER_COLUMN:
                 columns = pl.ds(place.column_start, tiling.num_columns)
                 part = array.at[*place_in(leaf, tiling.spec, place), columns]
+                target = tile.at[stage, pl.ds(0, tiling.num_columns)]
             else:
                 part = array.at[matrix_part(tiling, leaf, place)]
-            plgpu.copy_gmem_to_smem(part, tile.at[stage], ready)
+                target = tile.at[stage]
+            plgpu.copy_gmem_to_smem(part, target, ready)
 
 
 def bring_near(
@@ -129,10 +131,11 @@ class Brought(NamedTuple):
     stage: Any
     own: Any
 
-    def load(self, index: int, leaf: Leaf) -> Any:
+    def load(self, index: int, leaf: Leaf, num_columns: int) -> Any:
         tile, stage = self.tiles[index], self.stage if leaf.near is None else 0
         if leaf.kind is Kind.PER_COLUMN:
-            return plgpu.load(tile.at[stage], layout=PER_COLUMN, optimized=False)
+            part = tile.at[stage, pl.ds(0, num_columns)]
+            return plgpu.load(part, layout=PER_COLUMN, optimized=False)
         return plgpu.load(tile.at[stage, self.own], layout=MATRIX, optimized=False)
 
 
@@ -154,7 +157,7 @@ def aligned(
         if i not in here:
             arrays.append(None)
             continue
-        x = brought.load(i, leaf) if is_brought(tiling, leaf) else values[i]
+        x = brought.load(i, leaf, shape[1]) if is_brought(tiling, leaf) else values[i]
         if leaf.kind in (Kind.PER_ROW, Kind.PER_COLUMN):
             x = lax.broadcast_in_dim(x, shape, [0 if leaf.kind is Kind.PER_ROW else 1])
         elif leaf.kind is Kind.NUMBER and leaf.is_float:

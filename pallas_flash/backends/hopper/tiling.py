@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_flash.backends.hopper.leaves import Kind, Leaf, Terms, leaves_of, reads_matrices
-from pallas_flash.backends.hopper.storage import round_up, tiled, tma_rows
+from pallas_flash.backends.hopper.storage import TMA_SMEM_ALIGNMENT, round_up, tiled, tma_rows
 from pallas_flash.spec import AttentionSpec
 from pallas_flash.terms import KV, SCORE_AXES, Q, leaf_axes, spread_distances, sum_distances
 
@@ -144,7 +144,8 @@ def in_smem(tiling: Tiling, num_stages: int) -> Terms:
         if not is_brought(tiling, leaf):
             return None
         if leaf.kind is Kind.PER_COLUMN:
-            return plgpu.SMEM((num_stages, tiling.num_columns), leaf.dtype)
+            width = round_up(tiling.num_columns, TMA_SMEM_ALIGNMENT // leaf.dtype.itemsize)
+            return plgpu.SMEM((num_stages, width), leaf.dtype)
         # Near tiles are few and read it early.
         stages = num_stages if leaf.near is None else 1
         shape = (stages, tiling.num_rows, tiling.num_columns)
