@@ -167,6 +167,13 @@ def _segments(is_sorted):
     return make
 
 
+def _wide_segments(z):
+    """Ids that are the same in their lower 24 bits."""
+    mask, allowed = _segments(False)(z)
+    ids = (jnp.where(x < 0, x, x * 2**24) for x in (mask.q, mask.kv))
+    return pf.Causal() & pf.SegmentIds(*ids), _causal(z)[1] & allowed
+
+
 def _causal_segments(z):
     mask, allowed = _segments(True)(z)
     return pf.Causal() & mask, _causal(z)[1] & allowed
@@ -209,6 +216,7 @@ MASKS = {
     "segments": _segments(True),
     "segments-in-any-order": _segments(False),
     "causal-segments": _causal_segments,
+    "causal-segments-of-wide-ids": _wide_segments,
     "prefix-lm": _prefix_lm,
     "chunked-causal": _chunked_causal,
     "mask-mod": _mask_mod,

@@ -31,6 +31,7 @@ class Case(NamedTuple):
 CASES = {
     "causal-segments": Case("causal-segments"),
     "segments-in-any-order": Case("segments-in-any-order"),
+    "causal-segments-of-wide-ids": Case("causal-segments-of-wide-ids"),
     "dense": Case("dense"),
     "dense-keys-and-causal": Case("dense-keys-and-causal"),
     "not-causal-or-dense": Case("not-causal-or-dense"),

@@ -14,6 +14,7 @@ from matplotlib import pyplot
 import pallas_flash as pf
 from conftest import MASKS, Sizes
 from pallas_flash.masks import BlockKind, schedule
+from pallas_flash.masks.mask import conjuncts
 from pallas_flash.terms import Tile, map_operands
 
 SIZES = Sizes(batch=3, q_len=37, kv_len=45)
@@ -83,6 +84,28 @@ def test_block_kinds_are_exact_for_structured_masks(name):
         kind = BlockKind.FULL if block.all() else BlockKind.PARTIAL
         kind = kind if block.any() else BlockKind.SKIP
         assert kinds[b if kinds.shape[0] > 1 else 0, 0, i, j] == kind
+
+
+@pytest.mark.parametrize("by_queries", [True, False], ids=["keys", "queries"])
+@pytest.mark.parametrize("name", MASKS)
+def test_ranges_are_what_is_allowed(name, by_queries):
+    """Joined by ``&`` those that have one allow what the mask allows, if all of them have one."""
+    mask, _ = MASKS[name](SIZES)
+    bound = None if mask is None else mask.bind(SIZES.q_len, SIZES.kv_len)
+    own, other = (SIZES.q_len, SIZES.kv_len) if by_queries else (SIZES.kv_len, SIZES.q_len)
+    own, other = np.arange(own)[:, None], np.arange(other)[None, :]
+    inside = np.ones((SIZES.batch, own.size, other.size), bool)
+    for part in conjuncts(bound):
+        part = jax.tree.map(lambda x: x.reshape(-1, 1, 1) if x.size == SIZES.batch else x, part)
+        found = part.kv_range(own) if by_queries else part.q_range(own)
+        if found is None:
+            return
+        first, end = found
+        inside &= np.asarray((first is None) | (other >= (0 if first is None else first)))
+        inside &= np.asarray((end is None) | (other < (0 if end is None else end)))
+    truth = dense(mask, SIZES)
+    want = truth if by_queries else truth.swapaxes(2, 3)
+    np.testing.assert_array_equal(np.broadcast_to(inside[:, None], want.shape), want)
 
 
 @pytest.mark.parametrize("seed", range(20))

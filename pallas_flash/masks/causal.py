@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pallas_flash.masks.mask import Mask, kind_of
+from pallas_flash.masks.mask import Mask, Range, kind_of
 from pallas_flash.terms import term
 
 
@@ -34,6 +34,12 @@ class Causal(Mask):
 
     def allowed(self, q_pos, kv_pos):
         return kv_pos <= q_pos + self.offset
+
+    def kv_range(self, q_pos):
+        return Range(end=q_pos + (self.offset + 1))
+
+    def q_range(self, kv_pos):
+        return Range(first=kv_pos - self.offset)
 
     def block_kind(self, q_lo, q_hi, kv_lo, kv_hi):
         return kind_of(kv_lo <= q_hi + self.offset, kv_hi <= q_lo + self.offset)

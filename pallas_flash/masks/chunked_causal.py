@@ -1,6 +1,6 @@
 """ChunkedCausal: causal attention that starts anew with every chunk of positions."""
 
-from pallas_flash.masks.mask import Mask, kind_of
+from pallas_flash.masks.mask import Mask, Range, kind_of
 from pallas_flash.terms import term
 
 
@@ -29,6 +29,12 @@ class ChunkedCausal(Mask):
 
     def allowed(self, q_pos, kv_pos):
         return (kv_pos <= q_pos) & (kv_pos >= self._start(q_pos))
+
+    def kv_range(self, q_pos):
+        return Range(self._start(q_pos), q_pos + 1)
+
+    def q_range(self, kv_pos):
+        return Range(kv_pos, self._start(kv_pos) + self.chunk)
 
     def block_kind(self, q_lo, q_hi, kv_lo, kv_hi):
         # Query i sees start(i)..i. Together the queries of a block see start(q_lo)..q_hi without

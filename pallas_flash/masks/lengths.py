@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_flash.masks.mask import Mask, kind_of
+from pallas_flash.masks.mask import BEFORE_ALL, BEHIND_ALL, Mask, Range, kind_of
 from pallas_flash.terms import operand, term
 
 
@@ -15,6 +15,12 @@ class KvLengths(Mask):
 
     def allowed(self, q_pos, kv_pos):
         return kv_pos < self.lengths
+
+    def kv_range(self, q_pos):
+        return Range(end=0 * q_pos + self.lengths)
+
+    def q_range(self, kv_pos):
+        return Range(end=jnp.where(kv_pos < self.lengths, BEHIND_ALL, BEFORE_ALL))
 
     def block_kind(self, q_lo, q_hi, kv_lo, kv_hi):
         return kind_of(kv_lo < self.lengths, kv_hi < self.lengths)
@@ -28,6 +34,12 @@ class QLengths(Mask):
 
     def allowed(self, q_pos, kv_pos):
         return q_pos < self.lengths
+
+    def kv_range(self, q_pos):
+        return Range(end=jnp.where(q_pos < self.lengths, BEHIND_ALL, BEFORE_ALL))
+
+    def q_range(self, kv_pos):
+        return Range(end=0 * kv_pos + self.lengths)
 
     def block_kind(self, q_lo, q_hi, kv_lo, kv_hi):
         return kind_of(q_lo < self.lengths, q_hi < self.lengths)

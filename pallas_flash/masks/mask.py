@@ -25,6 +25,17 @@ class Bounds(NamedTuple):
     hi: Any
 
 
+class Range(NamedTuple):
+    """The positions first <= pos < end, elementwise; None where nothing bounds that side."""
+
+    first: Any = None
+    end: Any = None
+
+
+# Bounds before and behind all positions: an end of BEFORE_ALL leaves nothing.
+BEFORE_ALL, BEHIND_ALL = -(2**30), 2**30
+
+
 class Mask:
     """A condition on (query position, key position); combine with ``&``, ``|`` and ``~``.
 
@@ -43,6 +54,17 @@ class Mask:
         are the `Bounds` of each block here. Other arrays are None.
         """
         return (q_lo + kv_lo) * 0 + BlockKind.PARTIAL
+
+    def kv_range(self, q_pos: Any) -> Range | None:
+        """The keys that each query may attend to if they are always one `Range`, else None.
+
+        Elementwise like `allowed`; of the mask's arrays those along keys are None here.
+        """
+        return None
+
+    def q_range(self, kv_pos: Any) -> Range | None:
+        """The queries that may attend to each key if they are always one `Range`, else None."""
+        return None
 
     def bind(self, q_len: int, kv_len: int) -> "Mask":
         """The same mask, told once how long the two sequences are."""
@@ -74,6 +96,13 @@ class Mask:
             f"{type(self).__name__} has no truth value: combine masks with &, | and ~, "
             "not with 'and', 'or' and 'not'"
         )
+
+
+def conjuncts(mask: Mask | None) -> list[Mask]:
+    """The masks that ``&`` joins to this one."""
+    if isinstance(mask, And):
+        return conjuncts(mask.left) + conjuncts(mask.right)
+    return [] if mask is None else [mask]
 
 
 def kind_of(any_allowed: Any, all_allowed: Any) -> Any:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_flash.masks.mask import Mask, kind_of
+from pallas_flash.masks.mask import BEFORE_ALL, Mask, Range, kind_of
 from pallas_flash.terms import operand, term
 
 
@@ -21,6 +21,12 @@ class PrefixLM(Mask):
 
     def allowed(self, q_pos, kv_pos):
         return (kv_pos <= q_pos) | (kv_pos < self.prefix_lengths)
+
+    def kv_range(self, q_pos):
+        return Range(end=jnp.maximum(q_pos + 1, self.prefix_lengths))
+
+    def q_range(self, kv_pos):
+        return Range(first=jnp.where(kv_pos < self.prefix_lengths, BEFORE_ALL, kv_pos))
 
     def block_kind(self, q_lo, q_hi, kv_lo, kv_hi):
         return kind_of(

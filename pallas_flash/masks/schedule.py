@@ -113,16 +113,16 @@ def runs(kinds: Any) -> Any:
     count = kinds.shape[-1]
     index = np.arange(count, dtype=np.int32).reshape((1,) * (kinds.ndim - 1) + (count,))
 
-    def first(condition, default):
-        return xp.min(xp.where(condition, index, default), axis=-1)
+    def first(condition):
+        return xp.min(xp.where(condition, index, count), axis=-1)
 
     visited, full = kinds > BlockKind.SKIP, kinds == BlockKind.FULL
+    ends = [(0, 0)] * (kinds.ndim - 1) + [(0, 1)]
+    next_is_full = xp.pad(full, ends)[..., 1:]
+    # None of these waits for another: XLA makes one kernel of them.
     last = xp.max(xp.where(visited, index + 1, 0), axis=-1)
-    start = xp.minimum(first(visited, count), last)
-    full_first = xp.minimum(first(full, count), last)
-    full_last = first((index >= full_first[..., None]) & ~full, last[..., None])
-    full_last = xp.maximum(full_last, full_first)
-    return xp.stack([start, full_first, full_last, last], axis=-1).astype(np.int32)
+    found = first(visited), first(full), first(full & (next_is_full == False)) + 1  # noqa: E712
+    return xp.stack([*(xp.minimum(x, last) for x in found), last], axis=-1).astype(np.int32)
 
 
 def runs_around(kinds: Any, leads: np.ndarray, trails: np.ndarray) -> Any:

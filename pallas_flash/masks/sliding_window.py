@@ -1,6 +1,8 @@
 """SlidingWindow: a query attends to keys near its own position."""
 
-from pallas_flash.masks.mask import Mask, kind_of
+from typing import Any
+
+from pallas_flash.masks.mask import Mask, Range, kind_of
 from pallas_flash.terms import term
 
 
@@ -29,6 +31,12 @@ class SlidingWindow(Mask):
         left = distance >= distance if self.left is None else distance >= -self.left
         return left if self.right is None else left & (distance <= self.right)
 
+    def kv_range(self, q_pos):
+        return _around(q_pos, self.left, self.right)
+
+    def q_range(self, kv_pos):
+        return _around(kv_pos, self.right, self.left)
+
     def block_kind(self, q_lo, q_hi, kv_lo, kv_hi):
         nearest, farthest = kv_lo - q_hi, kv_hi - q_lo
         some = every = nearest <= farthest
@@ -37,3 +45,8 @@ class SlidingWindow(Mask):
         if self.right is not None:
             some, every = some & (nearest <= self.right), every & (farthest <= self.right)
         return kind_of(some, every)
+
+
+def _around(pos: Any, before: int | None, after: int | None) -> Range:
+    first = None if before is None else pos - before
+    return Range(first, None if after is None else pos + (after + 1))

@@ -5,6 +5,7 @@ dQ is added to a float32 array, which XLA zeroes.
 
 import dataclasses
 import itertools
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from pallas_flash.backends.hopper import (
     backward_by_keys,
     backward_by_roles,
     dq_fragments,
+    masking,
 )
 from pallas_flash.backends.hopper.backward_common import (
     MATH_REGISTERS,
@@ -88,6 +90,7 @@ def backward(
         delta=delta,
         schedule=schedule,
         terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
+        ids=masking.id_bounds(operands.mask),
         dq_sum=None,
         gradients=array_gradients.Refs(None, ()),
     )
@@ -180,7 +183,14 @@ def _launch(
             plgpu.set_max_registers(MATH_REGISTERS, action="increase")
             if smem.near_free is not None:
                 plgpu.barrier_arrive(smem.near_free.at[wg])
-            compute(with_rows(kernel, wg), wg, dk_gmem, dv_gmem)
+            with_keys = with_rows(kernel, wg)
+            is_wide = masking.read_wide(gmem.ids, row * 0)
+            if isinstance(is_wide, bool):
+                compute(with_keys, wg, dk_gmem, dv_gmem)
+                return
+            for which in (False, True):
+                variant = dataclasses.replace(with_keys, is_wide=which)
+                pl.when(is_wide == which)(partial(compute, variant, wg, dk_gmem, dv_gmem))
 
     def launch(results):
         dk, dv, sums = plgpu.kernel(

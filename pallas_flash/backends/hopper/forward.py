@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_flash.backends.hopper import masking
 from pallas_flash.backends.hopper.config import Config, ForwardConfig
 from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem, shape_in_gmem
 from pallas_flash.backends.hopper.forward_compute import compute
@@ -56,6 +57,7 @@ def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[An
         v=without_unused(in_gmem(operands.v, v_columns), unused, v_columns, tiles.block_kv),
         assigned=assigned,
         terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
+        ids=masking.id_bounds(mask),
     )
     out, lse = _launch(spec, tiles, walk, inputs)
     return out_of_gmem(out, spec.value_dim), lse[:, :, : spec.q_len]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash.backends import tile as meaning
-from pallas_flash.backends.hopper import copies
+from pallas_flash.backends.hopper import copies, masking
 from pallas_flash.backends.hopper.elementwise import written_out_scaled
 from pallas_flash.backends.hopper.forward_kernel import Kernel, place_of
 from pallas_flash.backends.hopper.forward_storage import WG_ROWS
@@ -112,7 +112,9 @@ def _attend(
     def scores(i, zone):
         place = place_of(kernel, tile, i)._replace(row_start=q_start)
         shape = WG_ROWS, kernel.config.block_kv
-        return Part.of(kernel.tiling, kernel.gmem.terms, of_rows, place, shape, zone)
+        ids = kernel.gmem.ids if zone.is_masked else []
+        is_wide = masking.read_wide(ids, tile.batch * 0)
+        return Part.of(kernel.tiling, kernel.gmem.terms, of_rows, place, shape, zone, is_wide)
 
     def step(i, state, zone):
         return _step(kernel, wg, q, first_step + i, state, acc, scores(i, zone))
@@ -256,11 +258,8 @@ def _logits(kernel: Kernel, part: Part, terms: Terms, s: Any) -> tuple[Any, floa
         s, to_log2 = s * to_log2, 1.0
     is_cut = spec.kv_len % block_kv != 0
     if part.is_masked and (spec.mask is not None or is_cut):
-        allowed = part.allowed(terms)
-        if is_cut:
-            inside = part.positions()[1] < spec.kv_len
-            allowed = inside if allowed is None else allowed & inside
-        s = jnp.where(allowed, s, -jnp.inf)
+        ends = None, spec.kv_len if is_cut else None
+        s = masking.masked(part, terms.mask, s, -jnp.inf, ends)
     return s, to_log2
 
 

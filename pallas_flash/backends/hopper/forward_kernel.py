@@ -13,6 +13,7 @@ from pallas_flash.backends.hopper.leaves import Terms
 from pallas_flash.backends.hopper.storage import LOG2_E
 from pallas_flash.backends.hopper.tile_arrays import Place
 from pallas_flash.backends.hopper.tiling import Tiling
+from pallas_flash.masks import Bounds
 from pallas_flash.spec import AttentionSpec
 
 # How large the exponent of a probability may be that was not divided by the largest one of its row:
@@ -24,7 +25,7 @@ class Inputs(NamedTuple):
     """What the kernel reads from GMEM.
 
     q: [B, T, H, D], padded where TMA needs it; k, v: sources of the same. assigned: the tiles of
-    each block. terms: the arrays of mask, score mod and dropout.
+    each block. terms: the arrays of mask, score mod and dropout. ids: of `masking.id_bounds`.
     """
 
     q: Any
@@ -32,6 +33,7 @@ class Inputs(NamedTuple):
     v: Any
     assigned: Assigned
     terms: Terms
+    ids: list[Bounds]
 
 
 @dataclasses.dataclass(frozen=True)

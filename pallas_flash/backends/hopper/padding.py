@@ -5,6 +5,8 @@ the tiles with unused rows are written, with zeros in these rows; a kernel loads
 or the other. It costs what the tiles at the edge of the padding cost, not a pass over the array.
 """
 
+import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -89,32 +91,32 @@ def without_unused(x: jax.Array, unused: Any, columns: Columns, block: int) -> S
         return Source(x)
     length = unused.shape[-1]
     whole = round_up(round_up(length, block), ROWS)
-    unused = jnp.pad(unused, ((0, 0), (0, 0), (0, whole - length)))
-    of_tiles = unused[..., : round_up(length, block)].reshape(*unused.shape[:2], -1, block).any(-1)
-    rows = jnp.repeat(of_tiles, block, axis=-1)
-    rows = jnp.pad(rows, ((0, 0), (0, 0), (0, whole - rows.shape[-1])))
-    is_written = rows.reshape(*rows.shape[:2], -1, ROWS).any(-1)
-    of_rows = of_tiles.any((1, 2)).astype(jnp.int32)
-    flags = Flags(unused.astype(jnp.int32), is_written.astype(jnp.int32), of_rows)
-    return Source(x, _clean(x, flags, columns), of_tiles.astype(jnp.int32), of_rows)
+    # Integers from here on: XLA makes no kernels that convert them.
+    unused = jnp.pad(unused.astype(jnp.int32), ((0, 0), (0, 0), (0, whole - length)))
+    of_tiles = unused[..., : round_up(length, block)].reshape(*unused.shape[:2], -1, block).max(-1)
+    flags = Flags(unused, of_tiles, of_tiles.max((1, 2)))
+    return Source(x, _clean(x, flags, columns, block), of_tiles, flags.of_rows)
 
 
 class Flags(NamedTuple):
     """What `_clean` is told, int32.
 
-    unused: [B, h, T over whole tiles]; is_written: [B, h, tiles]; of_rows: [B], whether there is
-    anything to write.
+    unused: [B, h, T over whole tiles of `ROWS`]; of_tiles: [B, h, tiles], which are to be written;
+    of_rows: [B], whether there are any.
     """
 
     unused: Any
-    is_written: Any
+    of_tiles: Any
     of_rows: Any
 
 
-def _clean(x: jax.Array, flags: Flags, columns: Columns) -> jax.Array:
-    """`x` with zeros in unused rows, in those tiles of `ROWS` rows that are to be written."""
+def _clean(x: jax.Array, flags: Flags, columns: Columns, block: int) -> jax.Array:
+    """`x` with zeros in unused rows, in those tiles of `block` rows that are to be written."""
     batch, length, num_heads = x.shape[:3]
-    num_tiles = flags.is_written.shape[-1]
+    num_tiles = flags.unused.shape[-1] // ROWS
+    # How many tiles of `block` rows one of `ROWS` may reach into.
+    most = 1 if block % ROWS == 0 else (ROWS - 2) // block + 2
+    num_blocks = flags.of_tiles.shape[-1]
 
     def clean_tiles(x_gmem, gmem, out_gmem, smem, ready):
         staging = Tile.of(smem, length)
@@ -123,7 +125,12 @@ def _clean(x: jax.Array, flags: Flags, columns: Columns) -> jax.Array:
 
         def one_head(head, _):
             at = row, head if flags.unused.shape[1] > 1 else row * 0
-            pl.when(read_scalar(gmem.is_written, *at, tile) != 0)(lambda: clean_tile(head, at))
+            first = lax.div(tile * ROWS, jnp.int32(block))
+            last = jnp.minimum(lax.div(tile * ROWS + ROWS - 1, jnp.int32(block)), num_blocks - 1)
+            tiles = (jnp.minimum(first + i, last) for i in range(most))
+            written = [read_scalar(gmem.of_tiles, *at, each) for each in tiles]
+            is_written = functools.reduce(operator.or_, written) != 0
+            pl.when(is_written)(lambda: clean_tile(head, at))
 
         def clean_tile(head, at):
             load(x_gmem, row, tile * ROWS, head, staging, ready)

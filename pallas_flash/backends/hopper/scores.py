@@ -9,7 +9,7 @@ import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_flash.backends.hopper.elementwise import missing_operations, written_out
+from pallas_flash.backends.hopper.elementwise import missing_operations
 from pallas_flash.backends.hopper.leaves import Leaf, Terms, leaves_of, used
 from pallas_flash.backends.hopper.storage import MATRIX
 from pallas_flash.backends.hopper.tile_arrays import (
@@ -40,6 +40,7 @@ class Part:
     """The rows of a tile that one warpgroup works on.
 
     shape: rows and columns. values: of the terms' arrays, what was read of them without SMEM.
+    is_wide: of `masking.read_wide`.
     """
 
     tiling: Tiling
@@ -47,6 +48,7 @@ class Part:
     shape: tuple[int, int]
     zone: Zone
     values: Terms
+    is_wide: Any
 
     @classmethod
     def of(
@@ -57,6 +59,7 @@ class Part:
         place: Place,
         shape: tuple[int, int],
         zone: Zone,
+        is_wide: Any,
     ) -> "Part":
         """Reads what the producer does not bring; early, it comes from memory.
 
@@ -71,7 +74,7 @@ class Part:
                 continue
             columns = read_columns(tiling, term, arrays, place, zone.where)
             found.append([columns.get(i, value) for i, value in enumerate(values)])
-        return cls(tiling, place, shape, zone, Terms(*found))
+        return cls(tiling, place, shape, zone, Terms(*found), is_wide)
 
     @property
     def is_masked(self) -> bool:
@@ -121,13 +124,10 @@ class Part:
         ]
         return (at[0], at[1]) if self.tiling.rows == Q else (at[1], at[0])
 
-    def allowed(self, terms: Terms) -> Any:
-        """Where the mask allows, or None without one: [rows, columns] bool."""
-        if terms.mask is None:
-            return None
-        allowed = written_out(lambda mask: mask.allowed(*self.positions()))(terms.mask)
-        # One number may tell it for all scores of a tile.
-        return jnp.broadcast_to(allowed, self.shape)
+    def mask_of_rows(self) -> Any:
+        """The mask with numbers and vectors along the rows in int32, None for its other arrays."""
+        arrays = [None if x is None else x.astype(jnp.int32) for x in self.values.mask]
+        return jax.tree.unflatten(jax.tree.structure(self.tiling.spec.mask), arrays)
 
 
 def keep(terms: Terms, p: Any) -> Any:
