@@ -20,7 +20,7 @@ PYTEST := OPENBLAS_NUM_THREADS=1 JAX_PLATFORMS=$(JAX_PLATFORMS) python -m pytest
 # The summary goes to a folder named after the device. What is compared with needs no autotuning.
 # Nearly all of the time is compiling, on the CPU: one test at a time to whoever is free.
 GPU_TEST := XLA_FLAGS=--xla_gpu_autotune_level=0 XLA_PYTHON_CLIENT_PREALLOCATE=false \
-	OPENBLAS_NUM_THREADS=1 python -m pytest -m gpu -n auto --maxprocesses=16 --maxschedchunk=1 \
+	OPENBLAS_NUM_THREADS=1 python -m pytest -m gpu -n auto --maxprocesses=12 --maxschedchunk=1 \
 	--gpu-summary benchmarks/results tests/test_gpu*.py
 
 # The lower end of each range in pyproject.toml.

@@ -5,9 +5,7 @@ in this process could pass, whatever it tests: so the process ends, and a new on
 over. Without xdist they are skipped. Either says which test it was.
 """
 
-import collections
 import functools
-import json
 import os
 import pathlib
 from typing import Any
@@ -35,15 +33,15 @@ class Summary:
     """Writes outcomes and recorded errors to `folder`/<device>/correctness.json, test by test."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder, self.cases = folder, []
+        self.folder, self.rows = folder, []
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.outcome == "rerun" or (report.when in ("setup", "teardown") and report.passed):
             return
-        case = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration)}
+        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration)}
         if not report.passed:
-            case["reason"] = report.longreprtext[-1000:]
-        self.cases.append(case | dict(report.user_properties))
+            row["reason"] = report.longreprtext[-1000:]
+        self.rows.append(row | dict(report.user_properties))
         self.write()
 
     def pytest_sessionfinish(self) -> None:
@@ -59,11 +57,10 @@ class Summary:
         }
 
     def write(self) -> None:
-        outcomes = collections.Counter(case["outcome"] for case in self.cases)
-        summary = self.header | {"outcomes": outcomes, "cases": self.cases}
+        """Tests that were not run keep what the file says of them."""
         path = self.folder / device_name(self.header["device"]) / "correctness.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(summary, indent=1) + "\n")
+        commit = {"commit": self.header["commit"]}
+        record.write(path, self.header, [commit | row for row in self.rows], key=("test",))
 
 
 def works() -> bool:

@@ -42,7 +42,7 @@ def outcomes(folder, *options):
     )
     assert run.returncode == 1, run.stdout + run.stderr
     summary = json.loads((folder / "cpu" / "correctness.json").read_text())
-    return {case["test"].split("::")[1]: case for case in summary["cases"]}
+    return {case["test"].split("::")[1]: case for case in summary["rows"]}
 
 
 def test_a_new_process_runs_what_comes_behind_a_crash(tmp_path):
@@ -60,3 +60,4 @@ def test_one_process_skips_what_comes_behind_a_crash_and_names_it(tmp_path):
         behind = found[f"test_behind_it[{i}]"]
         assert behind["outcome"] == "skipped"
         assert "broke the GPU: test_of_gpu.py::test_crash" in behind["reason"]
+    assert outcomes(tmp_path, "-n0", "-k", "crash") == found, "a test that is not run keeps its row"
