@@ -87,9 +87,10 @@ def features_part(folder: pathlib.Path) -> list[str]:
     result = record.load(folder / "features.json")
     if not result["rows"]:
         return []
+    commits = sorted({row["commit"][:10] for row in result["rows"]})
     return [
-        f"Masks, scores and dropout, bf16, ms ({result['date']}). Each cell: ours : best peer that "
-        "can do the case, and how many times as fast ours is. Beside it ours without the feature, "
+        f"Masks, scores and dropout, bf16, ms ({result['date']}, commit {', '.join(commits)}). "
+        "Each cell: ours : best peer that can do the case, and how many times as fast ours is. Beside it ours without the feature, "
         "or with the built-in one; and what forward and backward take besides inputs and outputs:",
         tables.features_table(result["rows"]),
     ]
