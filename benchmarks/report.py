@@ -90,8 +90,9 @@ def features_part(folder: pathlib.Path) -> list[str]:
     commits = sorted({row["commit"][:10] for row in result["rows"]})
     return [
         f"Masks, scores and dropout, bf16, ms ({result['date']}, commit {', '.join(commits)}). "
-        "Each cell: ours : best peer that can do the case, and how many times as fast ours is. Beside it ours without the feature, "
-        "or with the built-in one; and what forward and backward take besides inputs and outputs:",
+        "Each cell: ours : best peer that can do the case, and how many times as fast ours is. "
+        "Beside it ours without the feature, or with the built-in one; and what forward and "
+        "backward take besides inputs and outputs:",
         tables.features_table(result["rows"]),
     ]
 
