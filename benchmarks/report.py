@@ -87,7 +87,7 @@ def features_part(folder: pathlib.Path) -> list[str]:
     result = record.load(folder / "features.json")
     if not result["rows"]:
         return []
-    commits = sorted({row["commit"][:10] for row in result["rows"]})
+    commits = sorted({(row.get("commit") or "unknown")[:10] for row in result["rows"]})
     return [
         f"Masks, scores and dropout, bf16, ms ({result['date']}, commit {', '.join(commits)}). "
         "Each cell: ours : best peer that can do the case, and how many times as fast ours is. "
