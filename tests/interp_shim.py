@@ -29,8 +29,6 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret,
 from jax._src.state import discharge
 from jax._src.state import types as state_types
 
-from pallas_flash.backends.hopper import copies
-
 KEY_TYPE = gpu_callbacks.HostAllocationKey.shape_and_dtype()
 SMEM = shared_memory.get_memory_space_idx(gpu_core.MemorySpace.SMEM)
 REGISTERS = shared_memory.get_memory_space_idx(gpu_core.MemorySpace.REGS)
@@ -431,5 +429,3 @@ def install() -> None:
     gpu_callbacks.wgmma_accumulator_deref = wgmma_accumulator_deref
     gpu_callbacks.copy_smem_to_gmem = copy_smem_to_gmem
     jaxpr_interpret.JaxprInterpreter.interpret = interpret
-    # It keeps the members of a union apart, and copies tiles of any length at once.
-    copies.is_split = lambda length: False
