@@ -19,7 +19,8 @@ from pallas_flash.backends.hopper import (
     array_gradients,
     backward_by_keys,
     backward_by_roles,
-    backward_common,
+    backward_load,
+    backward_scores,
     default_config,
     dq_fragments,
 )
@@ -224,7 +225,8 @@ def test_nan_in_padding_does_not_leak(name):
 
 MODULES = {
     "array_gradients": array_gradients,
-    "backward_common": backward_common,
+    "backward_load": backward_load,
+    "backward_scores": backward_scores,
     "backward_by_keys": backward_by_keys,
     "backward_by_roles": backward_by_roles,
     "dq_fragments": dq_fragments,

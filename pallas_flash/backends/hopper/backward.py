@@ -22,17 +22,15 @@ from pallas_flash.backends.hopper import (
     dq_fragments,
     masking,
 )
-from pallas_flash.backends.hopper.backward_common import (
-    MATH_REGISTERS,
-    PRODUCER_REGISTERS,
+from pallas_flash.backends.hopper.backward_kernel import (
     Block,
     GlobalRefs,
     Kernel,
     Runs,
-    load_tiles,
     may_hold_padding,
-    with_rows,
 )
+from pallas_flash.backends.hopper.backward_load import load_tiles
+from pallas_flash.backends.hopper.backward_scores import with_rows
 from pallas_flash.backends.hopper.backward_storage import (
     NUM_MATH_WGS,
     query_columns,
@@ -54,6 +52,9 @@ from pallas_flash.backends.hopper.storage import LOG2_E, divmod_of, locate, padd
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import floating
+
+# Registers a thread: 128 * (24 + 2 * 240) stay within the 64 K of an SM.
+PRODUCER_REGISTERS, MATH_REGISTERS = 24, 240
 
 
 def _compiler_params(config: BackwardConfig) -> plgpu.CompilerParams:

@@ -12,19 +12,16 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from pallas_flash.backends.hopper import array_gradients
-from pallas_flash.backends.hopper.backward_common import (
-    Kernel,
+from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
+from pallas_flash.backends.hopper.backward_scores import (
     accumulator,
     array_gradients_of,
-    for_each_q_tile,
     free_stages,
-    may_hold_padding,
     per_query,
     probabilities,
     scores_part,
     scores_terms,
     scrub,
-    stage,
     weight_factors,
     zero_accumulator,
 )
@@ -34,6 +31,7 @@ from pallas_flash.backends.hopper.backward_storage import (
     dq_part,
     query_columns,
 )
+from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import load_accumulator, tma_rows, window

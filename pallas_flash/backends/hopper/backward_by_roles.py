@@ -15,20 +15,16 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
 from pallas_flash.backends.hopper import array_gradients, dq_fragments
-from pallas_flash.backends.hopper.backward_common import (
-    Kernel,
+from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
+from pallas_flash.backends.hopper.backward_scores import (
     Weights,
     accumulator,
     array_gradients_of,
-    for_each_q_tile,
-    for_each_q_tile_alike,
-    may_hold_padding,
     per_query,
     probabilities,
     scores_part,
     scores_terms,
     scrub,
-    stage,
     weight_factors,
     zero_accumulator,
 )
@@ -38,6 +34,7 @@ from pallas_flash.backends.hopper.backward_storage import (
     dq_part,
     hands_p_over,
 )
+from pallas_flash.backends.hopper.backward_walk import for_each_q_tile, for_each_q_tile_alike
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator, window
 

@@ -1,0 +1,104 @@
+"""The backward's loading warpgroup: K and V once, then tile by tile what belongs to queries."""
+
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+
+from pallas_flash.backends.hopper.backward_kernel import Kernel, stage
+from pallas_flash.backends.hopper.backward_storage import NUM_MATH_WGS, WG_KEYS
+from pallas_flash.backends.hopper.backward_walk import for_each_q_tile, for_each_q_tile_alike
+from pallas_flash.backends.hopper.copies import Tile
+from pallas_flash.backends.hopper.padding import Source
+from pallas_flash.backends.hopper.storage import window
+from pallas_flash.backends.hopper.tile_arrays import Place, bring, bring_near
+from pallas_flash.scores.score_mod import NEAR
+
+
+class Stream(NamedTuple):
+    """Tiles with a float32 number per query that pass through stages: Q with lse, dO with delta."""
+
+    source: Source
+    looks: Any
+    row_gmem: Any
+    tile_smem: Any
+    row_smem: Any
+    ready: Any
+    free: Any
+    num_stages: int
+
+
+def load_tiles(kernel: Kernel) -> None:
+    """The producer: K and V once, then Q with lse and dO with delta, tile by tile."""
+    gmem, smem, block, config = kernel.gmem, kernel.smem, kernel.block, kernel.config
+    for array_gmem, tile_smem in ((gmem.k, smem.k), (gmem.v, smem.v)):
+        part = window(array_gmem, block.batch, kernel.kv_start, block.kv_head, tile_smem)
+        plgpu.copy_gmem_to_smem(part, tile_smem, smem.kv_ready)
+
+    q = Stream(
+        *(gmem.q, gmem.q.looks(block.batch), gmem.lse_log2, smem.q, smem.lse_log2),
+        *(smem.q_ready, smem.q_free, config.num_q_stages),
+    )
+    dout = Stream(
+        *(gmem.dout, gmem.dout.looks(block.batch), gmem.delta, smem.dout, smem.delta),
+        *(smem.dout_ready, smem.dout_free, config.num_dout_stages),
+    )
+
+    def load(t, q_head, q_tile, _):
+        _load_stage(kernel, q, t, q_head, q_tile)
+        slot, place = stage(t, config.num_q_stages), kernel.place(q_head, q_tile)
+        ready = smem.q_ready.at[slot]
+        bring(kernel.tiling, gmem.terms, smem.tiles, slot, place, ready)
+        _load_stage(kernel, dout, t, q_head, q_tile)
+
+    def load_in_zone(t, q_head, q_tile, _, zone):
+        load(t, q_head, q_tile, None)
+        if smem.near_ready is not None and zone.where == NEAR:
+            _load_near(kernel, kernel.place(q_head, q_tile))
+
+    if config.shares_keys and kernel.near is None:
+        steps, _ = for_each_q_tile_alike(kernel, load)
+    else:
+        steps, _ = for_each_q_tile(kernel, load_in_zone)
+    if smem.near_free is not None:
+        _drain(smem.near_free, NUM_MATH_WGS, NUM_MATH_WGS)
+    _drain(smem.q_free, config.num_q_stages, steps)
+    _drain(smem.dout_free, config.num_dout_stages, steps)
+
+
+def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any) -> None:
+    slot = stage(t, stream.num_stages)
+
+    @pl.when(t >= stream.num_stages)
+    def _():
+        plgpu.barrier_wait(stream.free.at[slot])
+
+    batch, start = kernel.block.batch, q_tile * kernel.config.block_q
+    tile_smem, ready = Tile(stream.tile_smem.at[slot], None), stream.ready.at[slot]
+    stream.source.load(stream.looks, batch, q_head, q_tile, tile_smem, ready)
+    row = stream.row_gmem.at[batch, q_head, pl.ds(start, kernel.config.block_q)]
+    plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot], ready)
+
+
+def _load_near(kernel: Kernel, place: Place) -> None:
+    """Loads what only near tiles read, for each math warpgroup as soon as it has read the last."""
+    smem = kernel.smem
+    for wg in range(NUM_MATH_WGS):
+        plgpu.barrier_wait(smem.near_free.at[wg])
+        own, ready = (wg * WG_KEYS, WG_KEYS), smem.near_ready.at[wg]
+        bring_near(kernel.tiling, kernel.gmem.terms, smem.tiles, place, own, ready)
+
+
+def _drain(free: Any, num_stages: int, steps: Any) -> None:
+    """Waits for the last use of every stage.
+
+    Interpret mode of JAX 0.11.2 wants every phase of a barrier observed by whoever waits on it.
+    """
+
+    def wait(slot):
+        @pl.when(slot < steps)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+    for slot in range(num_stages):
+        wait(slot)
