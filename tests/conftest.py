@@ -18,7 +18,6 @@ import pytest
 import gpu_session
 import pallas_flash as pf
 from pallas_flash.backends.blockwise import BlockwiseConfig
-from pallas_flash.backends.hopper import copies
 
 # XLA's optimizations are not what is tested on a CPU, and they are a third of the time.
 if os.environ.get("JAX_PLATFORMS") == "cpu":
@@ -46,14 +45,12 @@ def pytest_configure(config):
 
 
 @pytest.fixture
-def shim(monkeypatch):
+def shim():
     """Pallas' interpret mode with what it lacks, and clean afterwards."""
     # Late: it reaches into Pallas' own modules, which tests of other things do not need.
     import interp_shim
 
     interp_shim.install()
-    # It keeps the members of a union apart, and copies tiles of any length at once.
-    monkeypatch.setattr(copies, "is_split", lambda length: False)
     yield
     interp_shim.gpu_callbacks.reset_gpu_interpret_mode_state()
 

@@ -5,6 +5,7 @@ They follow jax 0.11.2 to 0.12.0.1, whose interpret mode lacks
 * ``pl.run_state`` over ``plgpu.ACC.init(...)`` and stores to an accumulator,
 * products with the left operand in registers,
 * ``copy_smem_to_gmem`` with a reduction or a predicate, and atomics,
+* members of a ``plgpu.RefUnion`` that share their memory: see `interp_unions`,
 
 and looks for no race in what wgmma reads. Here an operand in SMEM is checked on the clock of the
 async proxy when the product is issued and again when it is awaited. That catches an operand that
@@ -28,6 +29,8 @@ from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
 from jax._src.state import discharge
 from jax._src.state import types as state_types
+
+import interp_unions
 
 KEY_TYPE = gpu_callbacks.HostAllocationKey.shape_and_dtype()
 SMEM = shared_memory.get_memory_space_idx(gpu_core.MemorySpace.SMEM)
@@ -429,3 +432,4 @@ def install() -> None:
     gpu_callbacks.wgmma_accumulator_deref = wgmma_accumulator_deref
     gpu_callbacks.copy_smem_to_gmem = copy_smem_to_gmem
     jaxpr_interpret.JaxprInterpreter.interpret = interpret
+    interp_unions.install()

@@ -16,7 +16,12 @@ import pallas_flash as pf
 from interpreted import Case, below, causal, interpreted, is_caught, lengths, with_races
 from mutations import WithoutCall
 from pallas_flash.backends import hopper
-from pallas_flash.backends.hopper import assignment, forward_compute, forward_load
+from pallas_flash.backends.hopper import (
+    assignment,
+    forward_compute,
+    forward_load,
+    forward_storage,
+)
 from pallas_flash.backends.hopper.forward import forward
 from pallas_flash.backends.hopper.storage import load_accumulator, tiled
 from pallas_flash.spec import AttentionSpec, Operands
@@ -30,10 +35,19 @@ THREE = {"num_warpgroups": 3, "block_kv": 48, "takes_turns": False}
 
 CASES = {
     "odd-lengths-d64": Case(65, 129, 1, 1, 64, 64),
+    "odd-lengths-d64-causal": Case(
+        131, 77, 1, 1, 64, 64, mask=pf.Causal(), config=TURNS, allowed=causal
+    ),
+    "odd-lengths-d128-gqa": Case(67, 141, 2, 1, 128, 128, batch=2, config=TURNS),
+    "odd-lengths-d16": Case(65, 129, 2, 1, 16, 24, config=TURNS),
+    "odd-lengths-d40-causal": Case(
+        71, 141, 1, 1, 40, 40, mask=pf.Causal("bottom_right"), config={"block_kv": 48},
+        allowed=lambda q, k: k <= q + 141 - 71,
+    ),
     "one-query-one-key-d16": Case(1, 1, 2, 1, 16, 24),
     "few-rows-d72": Case(5, 3, 1, 1, 72, 16),
     "gqa-d40-stages-reused": Case(70, 140, 4, 2, 40, 40, config=TURNS),
-    "mqa-d128-causal": Case(130, 130, 4, 1, 128, 128, mask=pf.Causal(), allowed=causal),
+    "mqa-odd-lengths-d128-causal": Case(131, 131, 4, 1, 128, 128, mask=pf.Causal(), allowed=causal),
     "three-warpgroups-causal": Case(
         200, 200, 1, 1, 32, 32, mask=pf.Causal(), allowed=causal, config=THREE
     ),
@@ -204,13 +218,15 @@ def test_nan_stays_in_its_batch_row_and_head():
 
 
 @functools.cache
-def mutation_problem() -> Problem:
+def mutation_problem(copies: str) -> Problem:
     """Several tiles that reuse their stages, with masked and unmasked blocks.
 
-    Turns are for speed: it takes none.
+    copies: how arrays of its lengths are copied. Turns are for speed: it takes none.
     """
     config = {"num_warpgroups": 2, "block_kv": 16, "takes_turns": False}
-    return problem(Case(100, 80, 3, 1, 16, 16, mask=pf.Causal("bottom_right"), config=config))
+    q_len, kv_len, dim = {"whole": (104, 80, 16), "in-pieces": (101, 83, 48)}[copies]
+    mask = pf.Causal("bottom_right")
+    return problem(Case(q_len, kv_len, 3, 1, dim, dim, mask=mask, config=config))
 
 
 def put_in_kernel(patch: pytest.MonkeyPatch, calls: WithoutCall) -> None:
@@ -224,11 +240,12 @@ def callers(name: str) -> list[str]:
     recorder = WithoutCall(name)
     with pytest.MonkeyPatch.context() as patch:
         put_in_kernel(patch, recorder)
-        p = mutation_problem()
+        p = mutation_problem("whole")
         jax.eval_shape(lambda o: forward(p.spec, p.config, o), p.operands)
     return recorder.callers
 
 
+both_copies = pytest.mark.parametrize("copies", ["whole", "in-pieces"])
 GUARDS = [
     (name, i)
     for name in ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
@@ -239,15 +256,24 @@ GUARDS = [
 ]
 
 
-def test_the_kernel_that_is_mutated_below_has_no_races():
-    assert not interpret(mutation_problem())[1]
+@both_copies
+def test_the_kernel_that_is_mutated_below_has_no_races(copies):
+    assert not interpret(mutation_problem(copies))[1]
 
 
 @interpreted
+@both_copies
 @pytest.mark.parametrize(("name", "index"), GUARDS)
-def test_a_missing_wait_or_fence_is_caught(monkeypatch, name, index):
+def test_a_missing_wait_or_fence_is_caught(monkeypatch, name, index, copies):
     put_in_kernel(monkeypatch, WithoutCall(name, index))
-    p = mutation_problem()
+    p = mutation_problem(copies)
+    assert is_caught(jax.jit(lambda o: forward(p.spec, p.config, o)), p.operands)
+
+
+@interpreted
+def test_a_tile_that_is_taken_before_all_its_pieces_are_there_is_caught(monkeypatch):
+    monkeypatch.setattr(forward_storage, "num_copies", lambda *_: 1)
+    p = mutation_problem("in-pieces")
     assert is_caught(jax.jit(lambda o: forward(p.spec, p.config, o)), p.operands)
 
 
