@@ -44,6 +44,10 @@ class Alibi(ScoreMod):
         distance = jnp.abs((q_pos + self.offset).astype(s.dtype) - kv_pos.astype(s.dtype))
         return s - self.slopes.astype(s.dtype) * distance
 
+    @property
+    def lipschitz(self):
+        return 1.0
+
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
     """The paper's slopes [num_heads] float32: ``2 ** (-8 i / n)`` for head i = 1..n.

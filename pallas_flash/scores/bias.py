@@ -20,3 +20,7 @@ class Bias(ScoreMod):
 
     def apply(self, s, q_pos, kv_pos):
         return s + self.array.astype(s.dtype)
+
+    @property
+    def lipschitz(self):
+        return 1.0

@@ -22,6 +22,10 @@ class DistanceBias(ScoreMod):
     def apply(self, s, q_pos, kv_pos):
         return s + self.values.astype(s.dtype)
 
+    @property
+    def lipschitz(self):
+        return 1.0
+
 
 @term
 class FlatEndedBias(ScoreMod):
@@ -44,6 +48,10 @@ class FlatEndedBias(ScoreMod):
 
     def apply(self, s, q_pos, kv_pos):
         return self.at(NEAR).apply(s, q_pos, kv_pos)
+
+    @property
+    def lipschitz(self):
+        return 1.0
 
     def at(self, where):
         if where == NEAR:

@@ -1,5 +1,6 @@
 """ScoreMod: an elementwise change of the scaled scores, before the mask and the softmax."""
 
+import math
 from typing import Any
 
 from pallas_flash.terms import subterm, term
@@ -21,6 +22,11 @@ class ScoreMod:
     @property
     def bound(self) -> float | None:
         """What the new scores' absolute values never exceed, where that is known."""
+        return None
+
+    @property
+    def lipschitz(self) -> float | None:
+        """What its derivative's absolute value never exceeds, where that is known."""
         return None
 
     @property
@@ -55,6 +61,11 @@ class Chain(ScoreMod):
     @property
     def bound(self):
         return self.mods[-1].bound if self.mods else None
+
+    @property
+    def lipschitz(self):
+        factors = [mod.lipschitz for mod in self.mods]
+        return None if None in factors else math.prod(factors)
 
     @property
     def near(self):

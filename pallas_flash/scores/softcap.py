@@ -31,3 +31,7 @@ class Softcap(ScoreMod):
     @property
     def bound(self):
         return self.cap
+
+    @property
+    def lipschitz(self):
+        return 1.0
