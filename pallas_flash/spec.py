@@ -74,6 +74,9 @@ class AttentionSpec:
     """What is static in a request: sizes, dtype, scale and the structure of its terms.
 
     `mask`, `score_mod` and `dropout` hold ``jax.ShapeDtypeStruct`` in place of arrays.
+
+    Raises:
+      TypeError: if `deterministic` is not a bool.
     """
 
     batch: int
@@ -88,9 +91,14 @@ class AttentionSpec:
     mask: Mask | None
     score_mod: ScoreMod | None
     dropout: KeepBits | None
+    deterministic: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.deterministic, bool):
+            raise TypeError(f"deterministic must be True or False, got {self.deterministic!r}")
 
     @classmethod
-    def of(cls, operands: Operands, scale: float) -> "AttentionSpec":
+    def of(cls, operands: Operands, scale: float, deterministic: bool = False) -> "AttentionSpec":
         """The spec of operands that have been checked."""
         batch, q_len, num_q_heads, head_dim = operands.q.shape
         _, kv_len, num_kv_heads, value_dim = operands.v.shape
@@ -108,6 +116,7 @@ class AttentionSpec:
             mask=describe(operands.mask),
             score_mod=describe(operands.score_mod),
             dropout=describe(operands.dropout),
+            deterministic=deterministic,
         )
 
     @property

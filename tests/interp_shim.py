@@ -313,12 +313,14 @@ def interpret_wgmma_wait(self, eqn, token, args):
     return token, []
 
 
-def fragments(matrix_shape):
+def fragments(matrix_shape, of_floats):
     """Where a matrix's numbers lie in a part of `dq_fragments`: an index for each place."""
     rows, columns = matrix_shape
     index = np.arange(rows * columns).reshape(rows // 64, 4, 2, 8, columns // 8, 4, 2)
-    # 64 rows: four warps, two halves, eight rows; eight columns: four threads, two numbers.
-    return index.transpose(0, 4, 1, 3, 5, 2, 6).ravel()
+    # 64 rows: four warps, two halves, eight rows; eight columns: four threads, two numbers. Four
+    # numbers of a thread lie side by side, or one of each thread.
+    axes = (0, 4, 1, 3, 5, 2, 6) if of_floats else (0, 4, 2, 6, 1, 3, 5)
+    return index.transpose(axes).ravel()
 
 
 @gpu_callbacks.fail_on_exception
@@ -326,7 +328,8 @@ def add_fragments(*, token, thread, key, transforms, value):
     memory = gpu_callbacks._get_shared_memory()
     key = gpu_callbacks.HostAllocationKey.from_array(key)
     value = np.asarray(value)
-    part = value.ravel()[fragments(value.shape)]
+    of_floats = np.issubdtype(value.dtype, np.floating)
+    part = value.ravel()[fragments(value.shape, of_floats)]
     update(memory, thread, key, access_of(memory, key, transforms), part, "add")
     return token
 
@@ -336,13 +339,15 @@ def load_fragments(*, token, thread, key, transforms, shape):
     memory = gpu_callbacks._get_shared_memory()
     key = gpu_callbacks.HostAllocationKey.from_array(key)
     part = memory.get_buffer_content(key, access_of(memory, key, transforms), None)[0]
-    matrix = np.empty(shape, np.float32)
-    matrix.reshape(-1)[fragments(shape)] = part
+    matrix = np.empty(shape, part.dtype)
+    matrix.reshape(-1)[fragments(shape, np.issubdtype(part.dtype, np.floating))] = part
     return token, matrix
 
 
 def interpret_inline_mgpu(self, eqn, token, args):
     name, flat_types = eqn.params["mgpu_fn"].__name__, eqn.params["flat_arg_types"]
+    if name == "to_integers":
+        return token, [jax.numpy.round(args[0]).astype(np.int32)]
     ref, *values = args[: len(flat_types)]
     transforms = eqn.params["pytree_ref_transforms"].unflatten(args[len(flat_types) :])[0]
     ref, transforms = jaxpr_interpret.resolve_ref(eqn.invars[0].aval, ref, transforms)

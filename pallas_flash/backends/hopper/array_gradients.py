@@ -21,7 +21,7 @@ from pallas_flash.backends.hopper.storage import constant_per_row, round_up, til
 from pallas_flash.backends.hopper.tile_arrays import Place, matrix_part
 from pallas_flash.backends.hopper.tiling import Tiling
 from pallas_flash.spec import AttentionSpec
-from pallas_flash.terms import KV, floating
+from pallas_flash.terms import KV, floating, leaf_fields
 
 
 class Refs(NamedTuple):
@@ -43,6 +43,12 @@ def leaves(spec: AttentionSpec) -> list[Leaf]:
 def is_added(leaf: Leaf) -> bool:
     """Whether its gradient is added to memory tile by tile, and not summed over queries."""
     return leaf.kind not in (Kind.NUMBER, Kind.PER_ROW)
+
+
+def added_in_any_order(spec: AttentionSpec) -> list[str]:
+    """The names of the score mod's arrays whose gradients `is_added`."""
+    pairs = zip(leaf_fields(spec.score_mod), leaves_of(spec.score_mod, KV), strict=True)
+    return [field.name for field, leaf in pairs if leaf.is_float and is_added(leaf)]
 
 
 def num_sums(spec: AttentionSpec) -> int:

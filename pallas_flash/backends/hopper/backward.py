@@ -1,6 +1,7 @@
 """Backward of dense attention on Hopper: one pass over the keys (FlashAttention-2, section 3.1.2).
 
-dQ is added to a float32 array, which XLA zeroes.
+dQ is added to an array that XLA zeroes: of float32, or of int32 (`dq_fixed_point`) where gradients
+are to be deterministic.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from pallas_flash.backends.hopper import (
     array_gradients,
     backward_by_keys,
     backward_by_roles,
+    dq_fixed_point,
     dq_fragments,
     masking,
 )
@@ -33,6 +35,7 @@ from pallas_flash.backends.hopper.backward_load import load_tiles
 from pallas_flash.backends.hopper.backward_scores import with_rows
 from pallas_flash.backends.hopper.backward_storage import (
     NUM_MATH_WGS,
+    dq_dtype,
     query_columns,
     seen,
     storage,
@@ -81,6 +84,10 @@ def backward(
     runs, schedule = _schedule(spec, tiles, operands.mask)
     # P and dS are 0 there, but 0 * NaN would reach dK and dV.
     unused = lse == -jnp.inf if may_hold_padding(spec) else None
+    factors = None
+    if spec.deterministic:
+        factors = dq_fixed_point.factors(spec, operands, lse, delta, dout)
+        factors = dq_fixed_point.over_whole_tiles(factors, tiles.block_q)
     lse_log2, delta = _per_query_terms(lse, delta, tiles.block_q)
     inputs = GlobalRefs(
         q=without_unused(padded(operands.q, qk), unused, qk, tiles.block_q),
@@ -92,12 +99,15 @@ def backward(
         schedule=schedule,
         terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
         ids=masking.id_bounds(operands.mask),
+        dq_factors=factors,
         dq_sum=None,
         gradients=array_gradients.Refs(None, ()),
     )
     dq_sum, dk, dv, of_arrays = _launch(spec, tiles, runs, inputs)
     dq_sums = dq_fragments if tiles.shares_keys else backward_by_keys
-    dq = dq_sums.dq_of_sum(spec, tiles, dq_sum)
+    dq = dq_sums.dq_of_sum(spec, tiles, dq_sum, factors)
+    if spec.deterministic:
+        dq = dq_fixed_point.with_overflows(spec, dq, dk)
     dk = dk[:, : spec.kv_len, :, : spec.head_dim]
     of_seen = array_gradients.folded(tiling(spec, tiles), operands.score_mod, of_arrays)
     d_score_mod = _of_all(whole, tiles, of_seen)
@@ -152,7 +162,7 @@ class _Results(NamedTuple):
 def _launch(
     spec: AttentionSpec, config: BackwardConfig, runs: Runs, inputs: GlobalRefs
 ) -> tuple[Any, Any, Any, array_gradients.Refs]:
-    """The sum of dQ, float32 without the scale; dk and dv, with padded rows and columns.
+    """The sum of dQ, without the scale; dk and dv, with padded rows and columns.
 
     And what the gradients of the score mod's arrays are folded from.
     """
@@ -222,7 +232,7 @@ def _launch(
     # custom_partitioning and custom_jvp refuse effects. What `stored` begins with is never read.
     found = pl.run_state(launch)(
         _Results(
-            jnp.zeros(dq_sums.dq_sum_shape(spec, config), jnp.float32),
+            jnp.zeros(dq_sums.dq_sum_shape(spec, config), dq_dtype(spec)),
             array_gradients.zero_matrices(tiling(spec, config)),
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored),
         )

@@ -10,8 +10,9 @@ from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
 
-from pallas_flash.backends.hopper import array_gradients
+from pallas_flash.backends.hopper import array_gradients, dq_fixed_point
 from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
 from pallas_flash.backends.hopper.backward_scores import (
     accumulator,
@@ -44,9 +45,16 @@ def dq_sum_shape(spec: AttentionSpec, config: BackwardConfig) -> tuple[int, ...]
     return spec.batch, tma_rows(spec.q_len), spec.num_q_heads, columns
 
 
-def dq_of_sum(spec: AttentionSpec, config: BackwardConfig, dq_sum: Any) -> Any:
-    """dQ [B, Tq, Hq, D] in the spec's dtype, with its scale."""
-    return (dq_sum[:, : spec.q_len, :, : spec.head_dim] * spec.scale).astype(spec.dtype)
+def dq_of_sum(spec: AttentionSpec, config: BackwardConfig, dq_sum: Any, factors: Any) -> Any:
+    """dQ [B, Tq, Hq, D] in the spec's dtype, with its scale.
+
+    factors: [B, Hq, Tq over whole tiles] of a sum in fixed point, or None.
+    """
+    dq = dq_sum[:, : spec.q_len, :, : spec.head_dim]
+    if factors is not None:
+        units = dq_fixed_point.units(factors[..., : spec.q_len])
+        dq = dq.astype(jnp.float32) * units.swapaxes(1, 2)[..., None]
+    return (dq * spec.scale).astype(spec.dtype)
 
 
 def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
@@ -145,13 +153,15 @@ def _step(
         of_arrays = array_gradients_of(part, terms, s, weights.p, x)
         refs = kernel.gmem.gradients, smem.gradients
         new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)
+        # Early, as they come from memory.
+        factors = _dq_factors(kernel, wg, q_head, q_tile, dq_acc.shape)
         plgpu.barrier_wait(smem.ds_ready.at[ds_slot])
         _dq_product(kernel, wg, smem.ds.at[ds_slot], dq_acc)
         # Everything is awaited here: with products left in flight across the step ptxas runs out
         # of registers and serialises them all (its warning C7512).
         dq = load_accumulator(dq_acc, wait_n=0)
         free_stages(kernel, t)
-        _add_dq(kernel, wg, q_head, q_tile, dq)
+        _add_dq(kernel, wg, q_head, q_tile, dq_fixed_point.as_added(dq, factors))
         return new_sums
 
     scores = accumulator(WG_KEYS, config.block_q)
@@ -169,14 +179,26 @@ def _dq_product(kernel: Kernel, wg: Any, ds_smem: Any, dq_acc: Any) -> None:
         plgpu.wgmma(dq_acc, part.transpose((1, 0)), kernel.smem.k)
 
 
+def _dq_start(kernel: Kernel, wg: Any, q_tile: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """The first row and column of this warpgroup's part of a dQ tile."""
+    row, column = q_tile * kernel.config.block_q, q_tile * 0
+    if kernel.config.splits_dq_columns:
+        return row, wg * shape[1]
+    return row + wg * shape[0], column
+
+
+def _dq_factors(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, shape: tuple[int, ...]) -> Any:
+    """Of its rows in fixed point, or None."""
+    if not kernel.spec.deterministic:
+        return None
+    row, _ = _dq_start(kernel, wg, q_tile, shape)
+    return dq_fixed_point.read_factors(kernel, q_head, row, shape[0])
+
+
 def _add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
-    """Adds this warpgroup's part of a dQ tile to float32 memory, asynchronously."""
-    config, staging_smem = kernel.config, kernel.smem.dq.at[wg]
-    row, column = q_tile * config.block_q, q_tile * 0
-    if config.splits_dq_columns:
-        column = wg * dq.shape[1]
-    else:
-        row = row + wg * dq.shape[0]
+    """Adds this warpgroup's part of a dQ tile to memory, asynchronously."""
+    staging_smem = kernel.smem.dq.at[wg]
+    row, column = _dq_start(kernel, wg, q_tile, dq.shape)
     # The add before has read the buffer. Later adds of the arrays' gradients may still read theirs;
     # but not every tile has these where some are near and some are not.
     later = 0 if kernel.near is not None else len(kernel.smem.gradients.matrices)

@@ -14,7 +14,7 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_flash.backends.hopper import array_gradients, dq_fragments
+from pallas_flash.backends.hopper import array_gradients, dq_fixed_point, dq_fragments
 from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
 from pallas_flash.backends.hopper.backward_scores import (
     Weights,
@@ -213,13 +213,17 @@ def _add_to_dq(kernel: Kernel, wg: int, t: Any, q_head: Any, q_tile: Any) -> Non
     smem, slot = kernel.smem, stage(t, NUM_SCORE_STAGES)
 
     def product(dq_acc):
-        columns = dq_acc.shape[1]
+        columns, factors = dq_acc.shape[1], None
+        if kernel.spec.deterministic:
+            row = q_tile * kernel.config.block_q
+            factors = dq_fixed_point.read_factors(kernel, q_head, row, kernel.config.block_q)
         if wg == 0:
             plgpu.barrier_wait(smem.ds_ready.at[slot])
         part = smem.k.at[:, pl.ds(wg * columns, columns)]
         plgpu.wgmma(dq_acc, smem.ds.at[slot].transpose((1, 0)), part)
         part = q_tile * NUM_MATH_WGS + wg
         part_gmem = kernel.gmem.dq_sum.at[kernel.block.batch, q_head, part]
-        dq_fragments.add(part_gmem, load_accumulator(dq_acc, wait_n=0))
+        dq = load_accumulator(dq_acc, wait_n=0)
+        dq_fragments.add(part_gmem, dq_fixed_point.as_added(dq, factors))
 
     pl.run_scoped(product, accumulator(*dq_part(kernel.spec, kernel.config)))

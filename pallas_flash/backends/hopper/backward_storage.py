@@ -91,6 +91,11 @@ def dq_part(spec: AttentionSpec, config: Any) -> tuple[int, int]:
     return config.block_q // 2, width
 
 
+def dq_dtype(spec: AttentionSpec) -> Any:
+    """Of what is added to dQ in memory."""
+    return jnp.int32 if spec.deterministic else jnp.float32
+
+
 def hands_p_over(spec: AttentionSpec, config: Any) -> bool:
     """Whether one warpgroup computes P for the other one, too.
 
@@ -126,7 +131,7 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         p=tiled(score_shape, dtype, qk.tile) if hands_p_over(spec, config) else None,
         # Swizzled like Q and K, which it meets in products.
         ds=tiled(score_shape, dtype, qk.tile),
-        dq=None if shared else tiled((NUM_MATH_WGS, rows, columns), f32, dq_tile),
+        dq=None if shared else tiled((NUM_MATH_WGS, rows, columns), dq_dtype(spec), dq_tile),
         kv_ready=barriers(),
         q_ready=barriers(config.num_q_stages, 2 + num_brought(tiles)),
         dout_ready=barriers(config.num_dout_stages),

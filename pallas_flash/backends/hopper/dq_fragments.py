@@ -1,8 +1,10 @@
-"""A float32 sum of dQ in GMEM that math warpgroups add to from their registers.
+"""A sum of dQ in GMEM that math warpgroups add to from their registers.
 
 A part of a dQ tile lies there as a product leaves it in a warpgroup's registers: for every eight
-columns 16 bytes of each thread, two columns of a row and the same two of the row eight below. So a
-warp adds 512 bytes side by side, without a way through SMEM; `dq_of_sum` puts them in order.
+columns four numbers of each thread, two columns of a row and the same two of the row eight below.
+What a warp adds with an instruction lies side by side: of float32 the four numbers of all threads,
+512 bytes; of int32, which are added one by one, first each thread's first number, then all second
+ones. So there is no way through SMEM; `dq_of_sum` puts them in order.
 """
 
 import math
@@ -20,14 +22,22 @@ from jax.experimental.mosaic.gpu.utils import getelementptr, memref_ptr
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
+from pallas_flash.backends.hopper import dq_fixed_point
 from pallas_flash.backends.hopper.backward_storage import NUM_MATH_WGS, dq_part, query_columns
 from pallas_flash.backends.hopper.config import BackwardConfig
-from pallas_flash.backends.hopper.storage import MATRIX, divmod_of, tiled, tma_rows
+from pallas_flash.backends.hopper.storage import (
+    MATRIX,
+    PER_ROW,
+    divmod_of,
+    tiled,
+    tma_rows,
+    widen_rows,
+)
 from pallas_flash.spec import AttentionSpec
 
 WG_THREADS = 128
-# Numbers that a thread adds at once.
-VECTOR = 4
+# Numbers of a thread for every eight columns, in two registers.
+NUMBERS = 4
 
 
 def dq_sum_shape(spec: AttentionSpec, config: BackwardConfig) -> tuple[int, ...]:
@@ -42,55 +52,83 @@ def add(part_gmem: Any, dq: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), MATRIX))
     def add_fragments(_, part, dq):
         void = ir.Type.parse("!llvm.void")
-        for address, registers in _fragments(part, dq.registers):
+        of_floats = isinstance(dq.mlir_dtype, ir.FloatType)
+        ptx = "red.relaxed.gpu.global.add.s32 [$0], $1;", "l,r"
+        if of_floats:
+            ptx = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f"
+        for addresses, registers in _fragments(part, dq.registers, of_floats):
             numbers = [vector.extract(pair, [], [i]) for pair in registers for i in range(2)]
-            ptx = "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};"
-            llvm.inline_asm(void, [address, *numbers], ptx, "l,f,f,f,f", has_side_effects=True)
+            for address, added in zip(addresses, _split(numbers, len(addresses)), strict=True):
+                llvm.inline_asm(void, [address, *added], *ptx, has_side_effects=True)
 
     add_fragments(part_gmem, dq)
 
 
 def _load(part_gmem: Any, rows: int, columns: int) -> Any:
     """The matrix in a part of the sum."""
-    result = plgpu.ShapeDtypeStruct((rows, columns), jnp.dtype(jnp.float32), layout=MATRIX)
+    of_floats = jnp.issubdtype(part_gmem.dtype, jnp.floating)
+    result = plgpu.ShapeDtypeStruct((rows, columns), part_gmem.dtype, layout=MATRIX)
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=result)
     def load_fragments(_, part):
-        layout, f32 = MATRIX.to_mgpu(), ir.F32Type.get()
-        four, two = (ir.VectorType.get((n,), f32) for n in (VECTOR, 2))
+        layout, number = MATRIX.to_mgpu(), ir.MemRefType(part.type).element_type
         registers = np.empty(layout.registers_shape((rows, columns)), object)
-        for address, places in _fragments(part, np.arange(registers.size)):
-            loaded = llvm.load(four, address)
-            numbers = [vector.extract(loaded, [], [i]) for i in range(VECTOR)]
-            for i, place in enumerate(places):
-                pair = vector.from_elements(two, numbers[2 * i : 2 * i + 2])
+        for addresses, places in _fragments(part, np.arange(registers.size), of_floats):
+            at_once = NUMBERS // len(addresses)
+            loaded = [llvm.load(ir.VectorType.get((at_once,), number), x) for x in addresses]
+            numbers = [vector.extract(x, [], [i]) for x in loaded for i in range(at_once)]
+            for place, pair in zip(places, _split(numbers, 2), strict=True):
+                pair = vector.from_elements(ir.VectorType.get((2,), number), pair)
                 registers.flat[place] = pair
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        is_signed = None if of_floats else True
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
 
     return load_fragments(part_gmem)
 
 
-def _fragments(part: Any, registers: np.ndarray) -> Iterator[tuple[Any, np.ndarray]]:
-    """For each 16 bytes that a thread has of a part: their address, and its two registers."""
-    i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+def _split(numbers: list[Any], count: int) -> list[list[Any]]:
+    """The numbers in so many lists of the same length."""
+    length = len(numbers) // count
+    return [numbers[i * length : (i + 1) * length] for i in range(count)]
+
+
+def _fragments(
+    part: Any, registers: np.ndarray, of_floats: bool
+) -> Iterator[tuple[list[Any], np.ndarray]]:
+    """For every eight columns of a part a thread's two registers, and where their numbers lie.
+
+    They lie side by side from one address on, or each at its own.
+    """
+    i32, number = ir.IntegerType.get_signless(32), ir.MemRefType(part.type).element_type
     thread = arith.remui(mgpu.thread_idx(), mgpu.c(WG_THREADS, i32))
-    place = arith.muli(thread, mgpu.c(VECTOR, i32))
-    own = getelementptr(memref_ptr(part), [place], f32)
+    if of_floats:
+        thread = arith.muli(thread, mgpu.c(NUMBERS, i32))
+    own = getelementptr(memref_ptr(part), [thread], number)
+    offsets = [0] if of_floats else [i * WG_THREADS for i in range(NUMBERS)]
     for i, pair in enumerate(registers.reshape(-1, 2)):
-        yield getelementptr(own, [i * WG_THREADS * VECTOR], f32), pair
+        begin = i * WG_THREADS * NUMBERS
+        yield [getelementptr(own, [begin + x], number) for x in offsets], pair
 
 
-def dq_of_sum(spec: AttentionSpec, config: BackwardConfig, dq_sum: Any) -> Any:
-    """dQ [B, Tq, Hq, D] in the spec's dtype, with its scale."""
+def dq_of_sum(spec: AttentionSpec, config: BackwardConfig, dq_sum: Any, factors: Any) -> Any:
+    """dQ [B, Tq, Hq, D] in the spec's dtype, with its scale.
+
+    factors: [B, Hq, Tq over whole tiles] of a sum in fixed point, or None.
+    """
     num_tiles = pl.cdiv(spec.q_len, config.block_q)
     qk, (rows, columns) = query_columns(spec, config), dq_part(spec, config)
 
-    def flash_attention_dq(sum_gmem, dq_gmem, dq_smem):
+    def flash_attention_dq(sum_gmem, units_gmem, dq_gmem, dq_smem):
         wg = lax.axis_index("wg")
         batch_and_head, tile = divmod_of(lax.axis_index("tile"), num_tiles)
         batch, head = divmod_of(batch_and_head, spec.num_q_heads)
         part = tile * NUM_MATH_WGS + wg
-        dq = _load(sum_gmem.at[batch, head, part], rows, columns) * spec.scale
+        dq = _load(sum_gmem.at[batch, head, part], rows, columns)
+        if units_gmem is not None:
+            units = units_gmem.at[batch, head, pl.ds(tile * rows, rows)]
+            units = plgpu.load(units, layout=PER_ROW, optimized=False)
+            dq = dq.astype(jnp.float32) * widen_rows(units, dq.shape)
+        dq = dq * spec.scale
         part_smem = dq_smem.at[wg]
         part_smem[...] = dq.astype(spec.dtype)
         plgpu.commit_smem()
@@ -112,5 +150,5 @@ def dq_of_sum(spec: AttentionSpec, config: BackwardConfig, dq_sum: Any) -> Any:
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),
-    )(dq_sum)
+    )(dq_sum, None if factors is None else dq_fixed_point.units(factors))
     return dq[:, : spec.q_len, :, : spec.head_dim]
