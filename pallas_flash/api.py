@@ -33,6 +33,7 @@ def flash_attention_with_lse(
     score_mod: ScoreMod | None = None,
     scale: float | None = None,
     dropout: Dropout | None = None,
+    deterministic: bool = False,
     backend: str | None = None,
     config: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -48,7 +49,7 @@ def flash_attention_with_lse(
     """
     request = make_request(q, k, v, mask=mask, score_mod=score_mod, scale=scale, dropout=dropout)
     operands, scale, sinks, has_batch = request
-    spec = AttentionSpec.of(operands, scale)
+    spec = AttentionSpec.of(operands, scale, deterministic)
     if config is not None and backend is None:
         raise ValueError(f"config={config} needs the name of the backend it is for, got {backend=}")
     chosen = dispatch.select_backend(spec, backend)
@@ -61,7 +62,7 @@ def flash_attention_with_lse(
         dispatch.warn_of_fallback(spec)
     leaves, tree = jax.tree.flatten(operands)
     operands = jax.tree.unflatten(tree, align(leaves, operands.axes))
-    out, lse = _attend(Plan(scale, backend, config), operands, sinks)
+    out, lse = _attend(Plan(scale, backend, config, deterministic), operands, sinks)
     return (out, lse) if has_batch else (out[0], lse[0])
 
 
@@ -74,6 +75,7 @@ def flash_attention(
     score_mod: ScoreMod | None = None,
     scale: float | None = None,
     dropout: Dropout | None = None,
+    deterministic: bool = False,
     backend: str | None = None,
     config: Any = None,
 ) -> jax.Array:
@@ -94,6 +96,8 @@ def flash_attention(
         that it holds get their gradients.
       scale: factor of the scores; None means ``D ** -0.5``.
       dropout: of the probabilities, ``Dropout(rate, key)``, or None.
+      deterministic: whether the gradients are bitwise the same in every run, on the same device and
+        version; `out` always is. It takes a little time.
       backend: None for the fastest that serves the request on the device at hand, or a name from
         `explain_backends`, which then never falls back.
       config: the named backend's tile sizes, or None for its default. It changes speed, never
@@ -103,7 +107,8 @@ def flash_attention(
       out: [B, Tq, Hq, Dv] or [Tq, Hq, Dv], q's dtype.
 
     Raises:
-      TypeError: if mask, score_mod, scale, dropout or config is not of its documented kind.
+      TypeError: if mask, score_mod, scale, dropout, deterministic or config is not of its
+        documented kind.
       ValueError: if shapes, dtypes or head counts break their rules, the backend is unknown,
         cannot serve the request, or its device is missing. The message has the value and the rule.
 
@@ -118,6 +123,7 @@ def flash_attention(
         score_mod=score_mod,
         scale=scale,
         dropout=dropout,
+        deterministic=deterministic,
         backend=backend,
         config=config,
     )[0]
@@ -131,6 +137,7 @@ def explain_backends(
     mask: Mask | None = None,
     score_mod: ScoreMod | None = None,
     dropout: Dropout | None = None,
+    deterministic: bool = False,
 ) -> dict[str, str | None]:
     """For every backend the reason why it does not serve such a call on this machine, or None.
 
@@ -140,7 +147,7 @@ def explain_backends(
     operands, scale, *_ = make_request(
         q, k, v, mask=mask, score_mod=score_mod, scale=None, dropout=dropout
     )
-    return dispatch.explain_backends(AttentionSpec.of(operands, scale))
+    return dispatch.explain_backends(AttentionSpec.of(operands, scale, deterministic))
 
 
 def dot_product_attention(
@@ -159,6 +166,7 @@ def dot_product_attention(
     return_residual: bool = False,
     score_mod: ScoreMod | None = None,
     dropout: Dropout | None = None,
+    deterministic: bool = False,
     backend: str | None = None,
     config: Any = None,
 ) -> Any:
@@ -180,7 +188,7 @@ def dot_product_attention(
       return_residual: also return the log-sum-exp of the scores, [B, T, N] in key's dtype.
       score_mod: applied after scale and before bias.
       dropout: of the probabilities, `Dropout(rate, key)`.
-      backend, config: as for `flash_attention`.
+      deterministic, backend, config: as for `flash_attention`.
 
     Returns:
       out shaped like query but for value's last dimension; with `return_residual` a pair.
@@ -204,6 +212,7 @@ def dot_product_attention(
             "dropout": dropout,
             "backend": backend,
             "config": config,
+            "deterministic": deterministic or None,
         }
         given = [name for name, x in ours.items() if x is not None]
         if given or isinstance(mask, Mask):
@@ -250,6 +259,7 @@ def dot_product_attention(
         score_mod=Chain(tuple(mods)) if mods else None,
         scale=scale,
         dropout=dropout,
+        deterministic=deterministic,
         backend=backend,
         config=config,
     )

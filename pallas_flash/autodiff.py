@@ -30,6 +30,7 @@ class Plan(NamedTuple):
     scale: float
     backend: str | None
     config: Any
+    deterministic: bool
 
 
 def attend(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array]:
@@ -43,7 +44,7 @@ def _attend(plan: Plan, operands: Operands) -> tuple[jax.Array, jax.Array]:
 
     def local(*leaves):
         operands = jax.tree.unflatten(tree, leaves)
-        spec = AttentionSpec.of(operands, plan.scale)
+        spec = AttentionSpec.of(operands, plan.scale, plan.deterministic)
         return dispatch.run("forward", spec, plan.backend, plan.config, operands)
 
     shared = range(3, len(leaves))
@@ -99,7 +100,7 @@ def _attend_backward(plan: Plan, operands: Operands, lse, delta, dout) -> tuple[
     def local(*arrays):
         *leaves, lse, delta, dout = arrays
         operands = jax.tree.unflatten(tree, leaves)
-        spec = AttentionSpec.of(operands, plan.scale)
+        spec = AttentionSpec.of(operands, plan.scale, plan.deterministic)
         dq, dk, dv, d_score_mod = dispatch.run(
             "backward", spec, plan.backend, plan.config, operands, lse, delta, dout
         )

@@ -263,6 +263,29 @@ def test_nan_in_padding_does_not_leak():
         assert (clean == dirty).all()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_deterministic_gradients_are_the_same_in_250_runs(head_dim, record_property):
+    sizes = Sizes(4, 2048, 2048, 4, 2, head_dim, head_dim)
+    arrays = *qkv(sizes, jnp.bfloat16), normal(5, 4, 2048, 4, head_dim, dtype=jnp.bfloat16)
+
+    def gradients(deterministic, *arrays):
+        attention = functools.partial(
+            pf.flash_attention, mask=pf.Causal(), deterministic=deterministic, backend="hopper"
+        )
+        return jax.vjp(attention, *arrays[:3])[1](arrays[3])
+
+    run = jax.jit(gradients, static_argnums=0)
+    first = run(True, *arrays)
+    is_same = jax.jit(lambda a, b: jnp.array([(x == y).all() for x, y in zip(a, b)]).all())
+    assert all(is_same(run(True, *arrays), first) for _ in range(249))
+    for name, a, b in zip(("dq", "dk", "dv"), first, run(False, *arrays), strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        difference = jnp.linalg.norm(a - b) / jnp.linalg.norm(b)
+        record_property(f"difference_{name}", float(difference))
+        # A number half-way between two of bfloat16 may become either.
+        assert difference < 1e-3, name
+
+
 def test_memory_of_a_training_step_is_linear_in_length():
     def temporaries(length):
         q = jax.ShapeDtypeStruct((1, length, 8, 64), jnp.bfloat16)

@@ -41,7 +41,8 @@ def test_signature_is_jax_nn_s_and_extras_are_keywords():
         assert ours[name].kind == parameter.kind
         assert ours[name].default == parameter.default
     for name in list(ours)[len(theirs) :]:
-        assert ours[name].kind == inspect.Parameter.KEYWORD_ONLY and ours[name].default is None
+        assert ours[name].kind == inspect.Parameter.KEYWORD_ONLY
+        assert ours[name].default is (False if name == "deterministic" else None)
 
 
 @pytest.mark.quick

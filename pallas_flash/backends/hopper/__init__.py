@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash.backends.backend import Backend
+from pallas_flash.backends.hopper import array_gradients
 from pallas_flash.backends.hopper.config import (
     Config,
     default_backward_config,
@@ -34,7 +35,8 @@ def unsupported(spec: AttentionSpec) -> str | None:
     for name in ("head_dim", "value_dim"):
         if getattr(spec, name) not in HEAD_DIMS:
             return f"{name}={getattr(spec, name)} must be a multiple of 8 from 16 to 256"
-    return _unsupported_terms(spec) or misfit(spec, default_config(spec))
+    reason = _unsupported_terms(spec) or _unsupported_gradients(spec)
+    return reason or misfit(spec, default_config(spec))
 
 
 @functools.lru_cache(1024)
@@ -43,6 +45,22 @@ def _unsupported_terms(spec: AttentionSpec) -> str | None:
     missing = missing_in_terms(spec)
     if missing:
         return f"functions that use {', '.join(missing)} are not in the Hopper kernels"
+    return None
+
+
+def _unsupported_gradients(spec: AttentionSpec) -> str | None:
+    """The reason why the gradients cannot be deterministic, or None."""
+    if not spec.deterministic or spec.score_mod is None:
+        return None
+    if added := array_gradients.added_in_any_order(spec):
+        return (
+            f"with deterministic=True: gradients of arrays along queries or distances "
+            f"({', '.join(added)}) are added up in any order"
+        )
+    if spec.score_mod.lipschitz is None:
+        return (
+            "with deterministic=True: no bound of the score mod's derivative (lipschitz) is known"
+        )
     return None
 
 
