@@ -210,6 +210,16 @@ def dropout(batch: int, length: int, heads: int) -> Feature:
     )
 
 
+def deterministic(batch: int, length: int, heads: int, head_dim: int) -> Feature:
+    return Feature(
+        name=f"deterministic-{batch}x{length}x{heads}x{head_dim}-causal",
+        shape=square(batch, length, heads, head_dim, True),
+        terms=lambda a: {"mask": pf.Causal(), "deterministic": True},
+        # 15% of the backward.
+        beside=Beside("not deterministic", ours(lambda a: {"mask": pf.Causal()}), 1.1),
+    )
+
+
 # What a user writes; each is defined once, as the terms ask for.
 def user_softcap(s, q_pos, kv_pos):
     return CAP * jnp.tanh(s / CAP)
@@ -292,6 +302,7 @@ def features() -> list[Feature]:
         relative_bias(8, 2048, 16),
         softcap(4, 4096, 16),
         dropout(4, 4096, 16),
+        *(deterministic(4, 4096, heads, dim) for heads, dim in ((32, 64), (16, 128), (8, 256))),
         *user_scores(4, 4096, 16),
         *user_masks(4, 4096, 16),
     ]

@@ -16,6 +16,7 @@ PROMISED = (
     *("pair-bias-384x384x4x32", "pair-bias-768x768x4x64", "dense-bias-8x2048x16x64"),
     *("t5-bias-8x2048x16x64", "softcap-4x4096x16x128", "dropout-4x4096x16x128"),
     *("user-softcap", "user-alibi", "user-mask-4x4096", "user-mask-window-1024"),
+    *("deterministic-4x4096x32x64", "deterministic-4x4096x16x128", "deterministic-4x4096x8x256"),
 )
 SMALL = {
     "packed": features.packed("packed", [16, 16], 2, with_mask=True),
