@@ -97,7 +97,7 @@ def flash_attention(
       scale: factor of the scores; None means ``D ** -0.5``.
       dropout: of the probabilities, ``Dropout(rate, key)``, or None.
       deterministic: whether the gradients are bitwise the same in every run, on the same device and
-        version; `out` always is. It takes a little time.
+        version; `out` always is.
       backend: None for the fastest that serves the request on the device at hand, or a name from
         `explain_backends`, which then never falls back.
       config: the named backend's tile sizes, or None for its default. It changes speed, never
