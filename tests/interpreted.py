@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, interpret_pallas_call
 
+# Copies in flight have clocks of their own. A copy in pieces would reuse the five of the default,
+# and a read that waited for one piece look as if it had waited for another.
+PARAMETERS = plgpu.InterpretGPUParams(detect_races=True, num_tma_threads_per_device=256)
 # A kernel that misses a wait may hang.
 interpreted = pytest.mark.timeout(120)
 
@@ -16,7 +19,7 @@ interpreted = pytest.mark.timeout(120)
 def with_races(run: Any, *arrays: Any) -> tuple[Any, bool]:
     """``run(*arrays)`` in interpret mode, and whether a race was found."""
     gpu_callbacks.reset_gpu_interpret_mode_state()
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with plgpu.force_gpu_interpret_mode(PARAMETERS):
         results = jax.block_until_ready(run(*arrays))
     return results, interpret_pallas_call.get_races().races_found
 
