@@ -139,6 +139,18 @@ def wgmma(
 
 
 @gpu_callbacks.fail_on_exception
+def multiply_add(*, token, thread, key, transforms, acc, a, source_info):
+    memory = gpu_callbacks._get_shared_memory()
+    key = gpu_callbacks.HostAllocationKey.from_array(key)
+    access = access_of(memory, key, transforms)
+    b = memory.get_buffer_content(key, access, None)[0].astype(np.float32)
+    reads = [Read(key, access, source_info)]
+    check_reads(memory, thread, reads)
+    products_in_flight[thread].append(reads)
+    return token, np.asarray(acc) + np.matmul(np.asarray(a).astype(np.float32), b)
+
+
+@gpu_callbacks.fail_on_exception
 def accumulator_store(*, token, thread, key, value):
     memory = gpu_callbacks._get_shared_memory()
     key = gpu_callbacks.HostAllocationKey.from_array(key)
@@ -357,10 +369,29 @@ def interpret_inline_mgpu(self, eqn, token, args):
             add_fragments, gpu_callbacks.TOKEN_SHAPE_DTYPE, **common, value=values[0]
         )
         return token, []
-    assert name == "load_fragments", f"no emulation of {name}"
+    if name == "store_numbers":
+        value = values[0].T
+        token, _ = gpu_callbacks.call_swap(
+            token=token,
+            result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
+            mesh_location=self.mesh_location,
+            thread=self.thread,
+            allocation_key_as_array=ref,
+            transforms=transforms,
+            val=value,
+            mask=None,
+            source_info=eqn.source_info,
+        )
+        return token, []
     (aval,) = (var.aval for var in eqn.outvars)
+    if name == "multiply_add":
+        emulation = functools.partial(multiply_add, source_info=eqn.source_info)
+        common |= {"acc": values[0], "a": values[1]}
+    else:
+        assert name == "load_fragments", f"no emulation of {name}"
+        emulation = functools.partial(load_fragments, shape=aval.shape)
     token, matrix = callback.io_callback(
-        functools.partial(load_fragments, shape=aval.shape),
+        emulation,
         (gpu_callbacks.TOKEN_SHAPE_DTYPE, jax.ShapeDtypeStruct(aval.shape, aval.dtype)),
         **common,
     )

@@ -25,7 +25,12 @@ from pallas_flash.backends.hopper import (
     dq_fragments,
 )
 from pallas_flash.backends.hopper.backward import backward
-from pallas_flash.backends.hopper.config import BackwardConfig, Config, default_backward_config
+from pallas_flash.backends.hopper.config import (
+    BackwardConfig,
+    Config,
+    default_backward_config,
+    misfit,
+)
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.masks.mask import kind_of
 from pallas_flash.spec import AttentionSpec, Operands
@@ -99,12 +104,21 @@ CASES = {
     "d64-one-stage-dq-by-columns": Case(
         150, 100, 1, 1, 64, 64, config=BackwardConfig(64, 128, 1, 1, 3)
     ),
+    "80-queries-d128": Case(330, 100, 1, 1, 128, 128, config=BackwardConfig(80, 128, 2, 2, 1)),
+    "80-queries-d128-value-dim-80-gqa-causal": Case(
+        250, 130, 2, 1, 128, 80, mask=pf.Causal(), allowed=causal,
+        config=BackwardConfig(80, 128, 2, 2, 1),
+    ),
+    "96-queries-d120-lengths": Case(
+        210, 130, 1, 1, 120, 64, mask=pf.KvLengths(lengths(70)), allowed=lambda q, k: k < below(70),
+        config=BackwardConfig(96, 128, 1, 1, 1),
+    ),
 }  # fmt: skip
 
 
 # Queries or keys without partner, some of them in a block that is visited.
 WITH_PADDING = ["causal-and-lengths-gqa", "d200-lengths", "more-keys-d80-causal"]
-WITH_PADDING += ["not-causal-square"]
+WITH_PADDING += ["not-causal-square", "96-queries-d120-lengths"]
 
 
 class Problem(NamedTuple):
@@ -183,6 +197,27 @@ def test_gradients_match_the_oracle_without_races(name):
         ("dq", "dk", "dv"), results[:3], plain(p), p.gradients, strict=True
     ):
         assert_as_good_as_plain(ours, low, truth, label, factor=3.0)
+
+
+@interpreted
+def test_score_mods_with_80_queries_give_what_64_give():
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (
+        jnp.asarray(rng.normal(size=(1, n, 1, 128)), jnp.bfloat16) for n in (170, 100, 100, 170)
+    )
+    operands = Operands(q, k, v, None, pf.Softcap(2.0))
+    spec = AttentionSpec.of(operands, 0.1)
+    row = jnp.full((1, 1, 170), 5.0, jnp.float32)
+    found = []
+    for block_q in (64, 80):
+        config = with_backward(spec, BackwardConfig(block_q, 128, 2, 2, 1))
+        results, races = interpret(Problem(spec, config, operands, (row, row, dout), None, None))
+        assert not races
+        found.append(results[:3])
+    for of_64, of_80 in zip(*found, strict=True):
+        of_64, of_80 = (np.asarray(x, np.float32) for x in (of_64, of_80))
+        assert np.abs(of_64).max() > 0.1
+        np.testing.assert_allclose(of_80, of_64, rtol=2**-7, atol=2**-7 * np.abs(of_64).max())
 
 
 @interpreted
@@ -371,6 +406,21 @@ def test_masks_lower_for_cuda(head_dim, mask):
     assert "mosaic_gpu" in lowers(described(head_dim, head_dim, mask, q_len=7, kv_len=1001))
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("mask", [None, pf.Causal()], ids=["full", "causal"])
+@pytest.mark.parametrize(("block_q", "value_dim"), [(80, 128), (96, 80)])
+def test_numbers_of_queries_that_are_no_multiple_of_64_lower_for_cuda(block_q, mask, value_dim):
+    arrays = described(128, value_dim, mask, q_len=250)
+    assert "mosaic_gpu" in lowers(arrays, BackwardConfig(block_q, 128, 1, 1, 1))
+
+
+def test_transposed_dq_needs_head_dim_128():
+    config = BackwardConfig(80, 128, 2, 2, 1)
+    for head_dim, reason in ((128, None), (64, "block_q=80 needs head_dim 128, this is 64")):
+        spec = AttentionSpec.of(described(head_dim, head_dim)[0], 0.1)
+        assert misfit(spec, config) == reason
+
+
 def test_more_than_2_to_31_elements_lower_for_cuda():
     arrays = described(128, 128, pf.Causal(), batch=2**14, q_len=512, kv_len=512)
     assert arrays[0].q.size > 2**31
@@ -395,7 +445,11 @@ def test_shared_memory_is_what_pallas_requests():
 
 
 def test_bad_configs_are_refused():
-    with pytest.raises(ValueError, match="block_q=96 must be 64 or 128"):
-        BackwardConfig(96, 128, 2, 2, 1)
+    with pytest.raises(ValueError, match="block_q=72 must be a multiple of 16 from 64 to 128"):
+        BackwardConfig(72, 128, 2, 2, 1)
+    with pytest.raises(ValueError, match="block_q=96 must be 64 or 128 where block_kv=64"):
+        BackwardConfig(96, 64, 2, 2, 1)
+    with pytest.raises(ValueError, match="block_kv=96 must be 64 or 128"):
+        BackwardConfig(64, 96, 2, 2, 1)
     with pytest.raises(ValueError, match="num_q_stages=0 must be at least 1"):
         BackwardConfig(64, 128, 0, 2, 1)

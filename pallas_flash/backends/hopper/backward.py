@@ -38,6 +38,7 @@ from pallas_flash.backends.hopper.backward_storage import (
     dq_dtype,
     query_columns,
     seen,
+    starts_from_rows,
     storage,
     tiling,
     value_columns,
@@ -67,7 +68,7 @@ def _compiler_params(config: BackwardConfig) -> plgpu.CompilerParams:
         # What a warpgroup stores into SMEM it stores where TMA or wgmma have read, behind a wait of
         # all its threads, and commits. Without more barriers: +1% at head_dim 128, but -6% at 64
         # with its 128 queries, H100, JAX 0.11.2.
-        unsafe_no_auto_barriers=config.block_q == 64,
+        unsafe_no_auto_barriers=config.block_q != 128,
     )
 
 
@@ -89,6 +90,8 @@ def backward(
         factors = dq_fixed_point.factors(spec, operands, lse, delta, dout)
         factors = dq_fixed_point.over_whole_tiles(factors, tiles.block_q)
     lse_log2, delta = _per_query_terms(lse, delta, tiles.block_q)
+    if starts_from_rows(spec, tiles):
+        lse_log2, delta = lse_log2 / -(spec.scale * LOG2_E), -delta
     inputs = GlobalRefs(
         q=without_unused(padded(operands.q, qk), unused, qk, tiles.block_q),
         k=padded(operands.k, qk),

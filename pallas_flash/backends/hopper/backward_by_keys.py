@@ -2,7 +2,8 @@
 
 P^T and dS^T feed dV and dK from registers. dS of both warpgroups goes through SMEM into one dQ
 product over all 128 keys, of which each warpgroup computes half: half the float32 traffic of two
-separate products.
+separate products. With 80 queries a step this product is transposed: what S^T, dP^T and dQ^T read
+of K and V, whatever the number of queries, is less for each of them.
 """
 
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_flash.backends.hopper import array_gradients, dq_fixed_point
 from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
@@ -23,6 +25,7 @@ from pallas_flash.backends.hopper.backward_scores import (
     scores_part,
     scores_terms,
     scrub,
+    start_from,
     weight_factors,
     zero_accumulator,
 )
@@ -31,11 +34,14 @@ from pallas_flash.backends.hopper.backward_storage import (
     WG_KEYS,
     dq_part,
     query_columns,
+    starts_from_rows,
+    value_columns,
 )
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
 from pallas_flash.backends.hopper.config import BackwardConfig
+from pallas_flash.backends.hopper.products import add_product, store_transposed
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
-from pallas_flash.backends.hopper.storage import load_accumulator, tma_rows, window
+from pallas_flash.backends.hopper.storage import Columns, load_accumulator, tma_rows, window
 from pallas_flash.spec import AttentionSpec
 
 
@@ -115,41 +121,59 @@ def _step(
     """
     smem, config = kernel.smem, kernel.config
     dk_acc, dv_acc = accs
+    starts = starts_from_rows(kernel.spec, config)
+    if starts:
+        # Seemingly another one in every step: else ptxas keeps the places of all operands in
+        # registers, which are few, and spills 170 bytes.
+        wg = wg + jnp.minimum(lax.optimization_barrier(t), 0)
     own = pl.ds(wg * WG_KEYS, WG_KEYS)
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
     q_smem, dout_smem = smem.q.at[q_slot], smem.dout.at[dout_slot]
     ds_slot = stage(t, NUM_SCORE_STAGES)
     place = kernel.place(q_head, q_tile)
     own_place = place._replace(row_start=place.row_start + wg * WG_KEYS)
+    queries = pl.ds(0, config.block_q)
     part = scores_part(kernel, own_place, (WG_KEYS, config.block_q), zone)
 
     def products(s_acc, dp_acc):
         plgpu.barrier_wait(smem.q_ready.at[q_slot])
+        if starts:
+            start_from(s_acc, smem.lse_log2.at[q_slot, queries])
         plgpu.wgmma(s_acc, smem.k.at[own], q_smem.transpose((1, 0)))
         plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
+        if starts:
+            start_from(dp_acc, smem.delta.at[dout_slot, queries])
         plgpu.wgmma(dp_acc, smem.v.at[own], dout_smem.transpose((1, 0)))
-        dq_acc = accumulator(*dq_part(kernel.spec, config))
+        dq_shape = dq_part(kernel.spec, config)
+        dq_acc = accumulator(*(dq_shape[::-1] if config.transposes_dq else dq_shape))
         return pl.run_scoped(partial(gradients, s_acc, dp_acc), dq_acc)
+
+    def lse_log2_of_tile():
+        return None if starts else per_query(smem.lse_log2.at[q_slot, queries])
 
     def gradients(s_acc, dp_acc, dq_acc):
         if config.block_q == 64:
             # Early where there are registers: +7% at head_dim 128, H100, JAX 0.11.2.
-            lse_log2 = per_query(smem.lse_log2.at[q_slot])
+            lse_log2 = lse_log2_of_tile()
         s = load_accumulator(s_acc, wait_n=1)
         if config.block_q != 64:
-            lse_log2 = per_query(smem.lse_log2.at[q_slot])
+            lse_log2 = lse_log2_of_tile()
         terms = scores_terms(kernel, t, part, own)
         weights = probabilities(kernel, part, terms, s, lse_log2)
-        plgpu.wgmma(dv_acc, keep(terms, weights.p).astype(kernel.spec.dtype), dout_smem)
+        p = keep(terms, weights.p).astype(kernel.spec.dtype)
+        _add_product(kernel, dv_acc, p, dout_smem, value_columns(kernel.spec))
         dp = load_accumulator(dp_acc, wait_n=1)
-        delta = per_query(smem.delta.at[dout_slot])
+        delta = None if starts else per_query(smem.delta.at[dout_slot, queries])
         x = weight_factors(part, terms, dp, delta)
         # 0 where P is, since dP is finite there (`scrub`). Without the scale.
         ds = (weights.scores * x).astype(kernel.spec.dtype)
-        smem.ds.at[ds_slot, own][...] = ds
+        if config.transposes_dq:
+            smem.ds.at[ds_slot, :, own].transpose((1, 0))[...] = ds
+        else:
+            smem.ds.at[ds_slot, own][...] = ds
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
-        plgpu.wgmma(dk_acc, ds, q_smem)
+        _add_product(kernel, dk_acc, ds, q_smem, query_columns(kernel.spec, config))
         of_arrays = array_gradients_of(part, terms, s, weights.p, x)
         refs = kernel.gmem.gradients, smem.gradients
         new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)
@@ -168,10 +192,24 @@ def _step(
     return pl.run_scoped(products, scores, scores)
 
 
+def _add_product(kernel: Kernel, acc: Any, a: Any, b_smem: Any, columns: Columns) -> None:
+    """Issues ``acc += a @ b`` over the queries of a tile."""
+    if kernel.config.transposes_dq:
+        add_product(acc, a, b_smem, columns.tile)
+    else:
+        plgpu.wgmma(acc, a, b_smem)
+
+
 def _dq_product(kernel: Kernel, wg: Any, ds_smem: Any, dq_acc: Any) -> None:
-    """dQ = dS K over the keys of both warpgroups: half the columns, or half the rows."""
+    """dQ = dS K over the keys of both warpgroups: half the columns, or half the rows.
+
+    Or half the rows of dQ^T = K^T dS^T.
+    """
     rows, columns = dq_acc.shape
-    if kernel.config.splits_dq_columns:
+    if kernel.config.transposes_dq:
+        part = kernel.smem.k.at[:, pl.ds(wg * rows, rows)]
+        plgpu.wgmma(dq_acc, part.transpose((1, 0)), ds_smem.transpose((1, 0)))
+    elif kernel.config.splits_dq_columns:
         part = kernel.smem.k.at[:, pl.ds(wg * columns, columns)]
         plgpu.wgmma(dq_acc, ds_smem.transpose((1, 0)), part)
     else:
@@ -198,13 +236,17 @@ def _dq_factors(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, shape: tuple[
 def _add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
     """Adds this warpgroup's part of a dQ tile to memory, asynchronously."""
     staging_smem = kernel.smem.dq.at[wg]
-    row, column = _dq_start(kernel, wg, q_tile, dq.shape)
+    num_rows, num_columns = staging_smem.shape
+    row, column = _dq_start(kernel, wg, q_tile, staging_smem.shape)
     # The add before has read the buffer. Later adds of the arrays' gradients may still read theirs;
     # but not every tile has these where some are near and some are not.
     later = 0 if kernel.near is not None else len(kernel.smem.gradients.matrices)
     plgpu.wait_smem_to_gmem(later, wait_read_only=True)
-    staging_smem[...] = dq
+    if kernel.config.transposes_dq:
+        store_transposed(staging_smem, dq)
+    else:
+        staging_smem[...] = dq
     plgpu.commit_smem()
-    rows, columns = pl.ds(row, dq.shape[0]), pl.ds(column, dq.shape[1])
+    rows, columns = pl.ds(row, num_rows), pl.ds(column, num_columns)
     part_gmem = kernel.gmem.dq_sum.at[kernel.block.batch, rows, q_head, columns]
     plgpu.copy_smem_to_gmem(staging_smem, part_gmem, reduction_op="add")

@@ -76,8 +76,9 @@ def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any
     batch, start = kernel.block.batch, q_tile * kernel.config.block_q
     tile_smem, ready = Tile(stream.tile_smem.at[slot], None), stream.ready.at[slot]
     stream.source.load(stream.looks, batch, q_head, q_tile, tile_smem, ready)
-    row = stream.row_gmem.at[batch, q_head, pl.ds(start, kernel.config.block_q)]
-    plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot], ready)
+    block_q = kernel.config.block_q
+    row = stream.row_gmem.at[batch, q_head, pl.ds(start, block_q)]
+    plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot, pl.ds(0, block_q)], ready)
 
 
 def _load_near(kernel: Kernel, place: Place) -> None:

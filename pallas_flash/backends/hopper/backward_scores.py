@@ -73,6 +73,11 @@ def per_query(row_smem: Any) -> Any:
     return plgpu.load(row_smem, layout=PER_COLUMN, optimized=False)
 
 
+def start_from(acc: Any, row_smem: Any) -> None:
+    """Sets an accumulator with queries along columns to one number for each of them."""
+    acc[...] = lax.broadcast_in_dim(per_query(row_smem), acc.shape, [1])
+
+
 class Weights(NamedTuple):
     """P^T, and what the gradients of the scores are multiples of."""
 
@@ -83,12 +88,14 @@ class Weights(NamedTuple):
 def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: Any) -> Weights:
     """P^T from raw scores s, 0 where masked, and its `Weights`.
 
-    Rows with lse_log2 = inf give 0.
+    Rows with lse_log2 = inf give 0. lse_log2 is None where s contains it.
     """
-    scale, lse_log2 = kernel.spec.scale, lax.broadcast_in_dim(lse_log2, s.shape, [1])
+    scale = kernel.spec.scale
+    if lse_log2 is not None:
+        lse_log2 = lax.broadcast_in_dim(lse_log2, s.shape, [1])
 
     def to_p(logits_log2):
-        p = jnp.exp2(logits_log2 - lse_log2)
+        p = jnp.exp2(logits_log2 if lse_log2 is None else logits_log2 - lse_log2)
         return masking.masked(part, terms.mask, p, 0.0, _ends(kernel)) if part.is_masked else p
 
     if terms.score_mod is None:
@@ -102,10 +109,13 @@ def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: An
 
 
 def weight_factors(part: Part, terms: Terms, dp: Any, delta: Any) -> Any:
-    """What P is multiplied with in the gradient of the logits: dP, after dropout, less delta."""
+    """What P is multiplied with in the gradient of the logits: dP, after dropout, less delta.
+
+    delta is None where dp contains it.
+    """
     kept, spec = keep(terms, dp), part.tiling.spec
     kept = kept if spec.dropout is None else kept * dropout_factor(spec)
-    return kept - lax.broadcast_in_dim(delta, dp.shape, [1])
+    return kept if delta is None else kept - lax.broadcast_in_dim(delta, dp.shape, [1])
 
 
 def array_gradients_of(part: Part, terms: Terms, s: Any, p: Any, x: Any) -> list[Any]:
