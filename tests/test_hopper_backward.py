@@ -41,10 +41,14 @@ pytestmark = pytest.mark.usefixtures("shim")
 
 CASES = {
     "odd-lengths-d64": Case(65, 129, 1, 1, 64, 64),
+    "odd-lengths-d64-causal": Case(131, 131, 1, 1, 64, 64, mask=pf.Causal(), allowed=causal),
+    "odd-lengths-d128-gqa": Case(67, 141, 2, 1, 128, 128, batch=2),
+    "odd-lengths-d256": Case(71, 133, 1, 1, 256, 256),
+    "odd-lengths-d256-causal": Case(133, 133, 1, 1, 256, 256, mask=pf.Causal(), allowed=causal),
     "one-query-one-key-d16": Case(1, 1, 2, 1, 16, 24),
     "few-rows-d72": Case(5, 3, 1, 1, 72, 16),
     "gqa-d40": Case(70, 140, 4, 2, 40, 40),
-    "mqa-d128-causal": Case(130, 130, 4, 1, 128, 128, mask=pf.Causal(), allowed=causal),
+    "mqa-odd-lengths-d128-causal": Case(131, 131, 4, 1, 128, 128, mask=pf.Causal(), allowed=causal),
     "stages-reused-d64-causal": Case(600, 200, 1, 1, 64, 64, mask=pf.Causal(), allowed=causal),
     "stages-reused-d128": Case(330, 100, 1, 1, 128, 128),
     "more-queries-d96-causal-bottom-right": Case(
@@ -104,7 +108,7 @@ CASES = {
     "d64-one-stage-dq-by-columns": Case(
         150, 100, 1, 1, 64, 64, config=BackwardConfig(64, 128, 1, 1, 3)
     ),
-    "80-queries-d128": Case(330, 100, 1, 1, 128, 128, config=BackwardConfig(80, 128, 2, 2, 1)),
+    "80-queries-d128": Case(328, 104, 1, 1, 128, 128, config=BackwardConfig(80, 128, 2, 2, 1)),
     "80-queries-d128-value-dim-80-gqa-causal": Case(
         250, 130, 2, 1, 128, 80, mask=pf.Causal(), allowed=causal,
         config=BackwardConfig(80, 128, 2, 2, 1),

@@ -38,12 +38,14 @@ from pallas_flash.backends.hopper.backward_storage import (
     dq_dtype,
     query_columns,
     seen,
+    split,
     starts_from_rows,
     storage,
     tiling,
     value_columns,
 )
 from pallas_flash.backends.hopper.config import BackwardConfig
+from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem
 from pallas_flash.backends.hopper.leaves import (
     Terms,
     near_of,
@@ -52,7 +54,7 @@ from pallas_flash.backends.hopper.leaves import (
     with_numbers,
 )
 from pallas_flash.backends.hopper.padding import without_unused
-from pallas_flash.backends.hopper.storage import LOG2_E, divmod_of, locate, padded, round_up
+from pallas_flash.backends.hopper.storage import LOG2_E, divmod_of, locate, round_up
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import floating
@@ -93,10 +95,10 @@ def backward(
     if starts_from_rows(spec, tiles):
         lse_log2, delta = lse_log2 / -(spec.scale * LOG2_E), -delta
     inputs = GlobalRefs(
-        q=without_unused(padded(operands.q, qk), unused, qk, tiles.block_q),
-        k=padded(operands.k, qk),
-        v=padded(operands.v, vo),
-        dout=without_unused(padded(dout.astype(spec.dtype), vo), unused, vo, tiles.block_q),
+        q=without_unused(in_gmem(operands.q, qk), unused, qk, tiles.block_q),
+        k=in_gmem(operands.k, qk),
+        v=in_gmem(operands.v, vo),
+        dout=without_unused(in_gmem(dout.astype(spec.dtype), vo), unused, vo, tiles.block_q),
         lse_log2=lse_log2,
         delta=delta,
         schedule=schedule,
@@ -109,12 +111,12 @@ def backward(
     dq_sum, dk, dv, of_arrays = _launch(spec, tiles, runs, inputs)
     dq_sums = dq_fragments if tiles.shares_keys else backward_by_keys
     dq = dq_sums.dq_of_sum(spec, tiles, dq_sum, factors)
+    dk, dv = out_of_gmem(dk, spec.head_dim), out_of_gmem(dv, spec.value_dim)
     if spec.deterministic:
         dq = dq_fixed_point.with_overflows(spec, dq, dk)
-    dk = dk[:, : spec.kv_len, :, : spec.head_dim]
     of_seen = array_gradients.folded(tiling(spec, tiles), operands.score_mod, of_arrays)
     d_score_mod = _of_all(whole, tiles, of_seen)
-    return dq, dk, dv[:, : spec.kv_len, :, : spec.value_dim], d_score_mod
+    return dq, dk, dv, d_score_mod
 
 
 def _of_all(operands: Operands, config: BackwardConfig, gradients: list[Any]) -> list[Any]:
@@ -165,7 +167,7 @@ class _Results(NamedTuple):
 def _launch(
     spec: AttentionSpec, config: BackwardConfig, runs: Runs, inputs: GlobalRefs
 ) -> tuple[Any, Any, Any, array_gradients.Refs]:
-    """The sum of dQ, without the scale; dk and dv, with padded rows and columns.
+    """The sum of dQ, without the scale; dk and dv, as they are copied.
 
     And what the gradients of the score mod's arrays are folded from.
     """
@@ -184,7 +186,7 @@ def _launch(
         else:
             row, kv_head = divmod_of(head, spec.num_kv_heads)
         block = Block(row, kv_head, kv_tile)
-        kernel = Kernel(spec, config, runs, gmem, smem, block)
+        kernel = Kernel(spec, config, runs, gmem, *split(spec, smem), block)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == NUM_MATH_WGS)

@@ -14,7 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash.backends.hopper import array_gradients, dq_fixed_point
+from pallas_flash.backends.hopper import array_gradients, copies, dq_fixed_point
 from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
 from pallas_flash.backends.hopper.backward_scores import (
     accumulator,
@@ -41,7 +41,7 @@ from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.products import add_product, store_transposed
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
-from pallas_flash.backends.hopper.storage import Columns, load_accumulator, tma_rows, window
+from pallas_flash.backends.hopper.storage import Columns, load_accumulator, tma_rows
 from pallas_flash.spec import AttentionSpec
 
 
@@ -66,12 +66,12 @@ def dq_of_sum(spec: AttentionSpec, config: BackwardConfig, dq_sum: Any, factors:
 def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
     """The part of math warpgroup `wg`."""
     smem = kernel.smem
-    own = pl.ds(wg * WG_KEYS, WG_KEYS)
+    k, v = (tile.rows(wg, WG_KEYS) for tile in (kernel.copied.k, kernel.copied.v))
     plgpu.barrier_wait(smem.kv_ready)
     if may_hold_padding(kernel.spec):
         # The other warpgroup first reads these rows of K after `ds_ready`.
-        scrub(smem.k.at[own])
-        scrub(smem.v.at[own])
+        scrub(k.whole)
+        scrub(v.whole)
 
     def all_tiles(accs):
         step = partial(_step, kernel, wg, accs)
@@ -85,21 +85,20 @@ def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
         )
     )
     # Only this warpgroup read these rows of V.
-    _store(kernel, wg, dv * dropout_factor(kernel.spec), smem.v.at[own], dv_gmem)
+    _store(kernel, wg, dv * dropout_factor(kernel.spec), v, dv_gmem)
     # K was read by both, in dQ.
     plgpu.barrier_arrive(smem.k_read)
     plgpu.barrier_wait(smem.k_read)
-    _store(kernel, wg, dk * kernel.spec.scale, smem.k.at[own], dk_gmem)
+    _store(kernel, wg, dk * kernel.spec.scale, k, dk_gmem)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _store(kernel: Kernel, wg: Any, value: Any, staging_smem: Any, array_gmem: Any) -> None:
-    """Stores this warpgroup's rows of dK or dV."""
-    staging_smem[...] = value.astype(staging_smem.dtype)
+def _store(kernel: Kernel, wg: Any, value: Any, staging: copies.Tile, array_gmem: Any) -> None:
+    """Stores this warpgroup's rows of dK or dV by way of those of K or V."""
+    staging.whole[...] = value.astype(kernel.spec.dtype)
     plgpu.commit_smem()
     block, start = kernel.block, kernel.kv_start + wg * WG_KEYS
-    target = window(array_gmem, block.batch, start, block.kv_head, staging_smem)
-    plgpu.copy_smem_to_gmem(staging_smem, target)
+    copies.store(staging, array_gmem, block.batch, start, block.kv_head)
 
 
 def _end_of_head(kernel: Kernel, wg: Any, q_head: Any, sums: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_flash.backends.hopper import array_gradients, dq_fixed_point, dq_fragments
+from pallas_flash.backends.hopper import array_gradients, copies, dq_fixed_point, dq_fragments
 from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
 from pallas_flash.backends.hopper.backward_scores import (
     Weights,
@@ -36,7 +36,7 @@ from pallas_flash.backends.hopper.backward_storage import (
 )
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile, for_each_q_tile_alike
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
-from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator, window
+from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator
 
 
 def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
@@ -71,7 +71,7 @@ def _own_dv(kernel: Kernel, dv_gmem: Any) -> None:
     dv = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.v.shape[-1]))
     plgpu.barrier_arrive(smem.k_read)
     # V was last read for dP, before the last `ds_ready`.
-    _store(kernel, dv * dropout_factor(kernel.spec), smem.v, dv_gmem)
+    _store(kernel, dv * dropout_factor(kernel.spec), kernel.copied.v, dv_gmem)
 
 
 def _own_dk(kernel: Kernel, dk_gmem: Any) -> None:
@@ -92,16 +92,15 @@ def _own_dk(kernel: Kernel, dk_gmem: Any) -> None:
     dk = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.k.shape[-1]))
     # The first warpgroup reads K for its last dQ.
     plgpu.barrier_wait(smem.k_read)
-    _store(kernel, dk * kernel.spec.scale, smem.k, dk_gmem)
+    _store(kernel, dk * kernel.spec.scale, kernel.copied.k, dk_gmem)
 
 
-def _store(kernel: Kernel, value: Any, staging_smem: Any, array_gmem: Any) -> None:
+def _store(kernel: Kernel, value: Any, staging: copies.Tile, array_gmem: Any) -> None:
     """Stores dK or dV by way of the tile of K or V."""
-    staging_smem[...] = value.astype(staging_smem.dtype)
+    staging.whole[...] = value.astype(kernel.spec.dtype)
     plgpu.commit_smem()
     block = kernel.block
-    target = window(array_gmem, block.batch, kernel.kv_start, block.kv_head, staging_smem)
-    plgpu.copy_smem_to_gmem(staging_smem, target)
+    copies.store(staging, array_gmem, block.batch, kernel.kv_start, block.kv_head)
     plgpu.wait_smem_to_gmem(0)
 
 

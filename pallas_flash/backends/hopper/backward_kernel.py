@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from pallas_flash.backends.hopper import array_gradients
-from pallas_flash.backends.hopper.backward_storage import Storage, tiling
+from pallas_flash.backends.hopper.backward_storage import Copied, Storage, tiling
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.leaves import Terms, near_of
 from pallas_flash.backends.hopper.tile_arrays import Place
@@ -22,8 +22,8 @@ from pallas_flash.spec import AttentionSpec
 class GlobalRefs(NamedTuple):
     """What a kernel reads and writes in GMEM.
 
-    k, v: [B, T, H, D]; q, dout: sources of the same. lse_log2, delta: [B, Hq, Tq rounded up to
-    block_q] float32, or what S and dP begin as (`starts_from_rows`). schedule: [B or 1, Hq or 1,
+    k, v: as they are copied; q, dout: sources of the same. lse_log2, delta: [B, Hq, Tq rounded up
+    to block_q] float32, or what S and dP begin as (`starts_from_rows`). schedule: [B or 1, Hq or 1,
     num_kv_tiles, 4] int32 or None. terms: the arrays of mask, score mod and dropout. ids: of
     `masking.id_bounds`. dq_factors: of `dq_fixed_point.factors`, over whole tiles, or None. dq_sum:
     added to, in fixed point or float32: of `backward_by_keys.dq_sum_shape` or
@@ -78,6 +78,7 @@ class Kernel:
     runs: Runs
     gmem: GlobalRefs
     smem: Storage
+    copied: Copied
     block: Block
     of_rows: Terms | None = None
     is_wide: bool = False

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
+from pallas_flash.backends.hopper import copies
 from pallas_flash.backends.hopper.backward_kernel import Kernel, stage
 from pallas_flash.backends.hopper.backward_storage import NUM_MATH_WGS, WG_KEYS
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile, for_each_q_tile_alike
-from pallas_flash.backends.hopper.copies import Tile
 from pallas_flash.backends.hopper.padding import Source
-from pallas_flash.backends.hopper.storage import window
 from pallas_flash.backends.hopper.tile_arrays import Place, bring, bring_near
 from pallas_flash.scores.score_mod import NEAR
 
@@ -21,7 +20,7 @@ class Stream(NamedTuple):
     source: Source
     looks: Any
     row_gmem: Any
-    tile_smem: Any
+    tiles: copies.Tile
     row_smem: Any
     ready: Any
     free: Any
@@ -31,16 +30,16 @@ class Stream(NamedTuple):
 def load_tiles(kernel: Kernel) -> None:
     """The producer: K and V once, then Q with lse and dO with delta, tile by tile."""
     gmem, smem, block, config = kernel.gmem, kernel.smem, kernel.block, kernel.config
-    for array_gmem, tile_smem in ((gmem.k, smem.k), (gmem.v, smem.v)):
-        part = window(array_gmem, block.batch, kernel.kv_start, block.kv_head, tile_smem)
-        plgpu.copy_gmem_to_smem(part, tile_smem, smem.kv_ready)
+    tiles = kernel.copied
+    for array_gmem, tile in ((gmem.k, tiles.k), (gmem.v, tiles.v)):
+        copies.load(array_gmem, block.batch, kernel.kv_start, block.kv_head, tile, smem.kv_ready)
 
     q = Stream(
-        *(gmem.q, gmem.q.looks(block.batch), gmem.lse_log2, smem.q, smem.lse_log2),
+        *(gmem.q, gmem.q.looks(block.batch), gmem.lse_log2, tiles.q, smem.lse_log2),
         *(smem.q_ready, smem.q_free, config.num_q_stages),
     )
     dout = Stream(
-        *(gmem.dout, gmem.dout.looks(block.batch), gmem.delta, smem.dout, smem.delta),
+        *(gmem.dout, gmem.dout.looks(block.batch), gmem.delta, tiles.dout, smem.delta),
         *(smem.dout_ready, smem.dout_free, config.num_dout_stages),
     )
 
@@ -74,8 +73,8 @@ def _load_stage(kernel: Kernel, stream: Stream, t: Any, q_head: Any, q_tile: Any
         plgpu.barrier_wait(stream.free.at[slot])
 
     batch, start = kernel.block.batch, q_tile * kernel.config.block_q
-    tile_smem, ready = Tile(stream.tile_smem.at[slot], None), stream.ready.at[slot]
-    stream.source.load(stream.looks, batch, q_head, q_tile, tile_smem, ready)
+    ready = stream.ready.at[slot]
+    stream.source.load(stream.looks, batch, q_head, q_tile, stream.tiles.part(slot), ready)
     block_q = kernel.config.block_q
     row = stream.row_gmem.at[batch, q_head, pl.ds(start, block_q)]
     plgpu.copy_gmem_to_smem(row, stream.row_smem.at[slot, pl.ds(0, block_q)], ready)

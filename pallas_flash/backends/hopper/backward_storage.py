@@ -7,6 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_flash.backends.hopper import array_gradients
+from pallas_flash.backends.hopper.copies import Tile, copied, num_copies
 from pallas_flash.backends.hopper.leaves import Terms
 from pallas_flash.backends.hopper.storage import (
     TMA_SMEM_ALIGNMENT,
@@ -115,6 +116,11 @@ def starts_from_rows(spec: AttentionSpec, config: Any) -> bool:
     return is_plain and is_faster and not config.shares_keys
 
 
+def rows_of_keys(config: Any) -> int:
+    """Of a gradient of keys or values that a math warpgroup stores: all where they share them."""
+    return config.block_kv if config.shares_keys else WG_KEYS
+
+
 def hands_p_over(spec: AttentionSpec, config: Any) -> bool:
     """Whether one warpgroup computes P for the other one, too.
 
@@ -136,27 +142,34 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     score_shape = (NUM_SCORE_STAGES, *score_tile)
     # Every stage of a row starts where TMA can write it.
     row_width = round_up(block_q, TMA_SMEM_ALIGNMENT // jnp.dtype(f32).itemsize)
+    own_keys = rows_of_keys(config)
 
     def barriers(count=1, arrivals=2):
-        # Two arrivals: one from each math warpgroup, or one for each of two TMA copies.
+        # Two arrivals: one from each math warpgroup.
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+    def arrivals_of_queries(columns):
+        # One more for the numbers beside them.
+        return num_copies(spec.q_len, block_q, columns) + 1
 
     tiles = tiling(spec, config)
     num_near = num_brought(tiles, near=True)
     return Storage(
-        q=tiled((config.num_q_stages, block_q, qk.smem), dtype, qk.tile),
+        q=copied((config.num_q_stages, block_q, qk.smem), dtype, qk, spec.q_len),
         lse_log2=plgpu.SMEM((config.num_q_stages, row_width), f32),
-        dout=tiled((config.num_dout_stages, block_q, vo.smem), dtype, vo.tile),
+        dout=copied((config.num_dout_stages, block_q, vo.smem), dtype, vo, spec.q_len),
         delta=plgpu.SMEM((config.num_dout_stages, row_width), f32),
-        k=tiled((block_kv, qk.smem), dtype, qk.tile),
-        v=tiled((block_kv, vo.smem), dtype, vo.tile),
+        k=copied((block_kv, qk.smem), dtype, qk, spec.kv_len, own_keys),
+        v=copied((block_kv, vo.smem), dtype, vo, spec.kv_len, own_keys),
         p=tiled(score_shape, dtype, qk.tile) if hands_p_over(spec, config) else None,
         # Swizzled like Q and K, which it meets in products.
         ds=tiled(score_shape, dtype, qk.tile),
         dq=None if shared else tiled((NUM_MATH_WGS, rows, columns), dq_dtype(spec), dq_tile),
-        kv_ready=barriers(),
-        q_ready=barriers(config.num_q_stages, 2 + num_brought(tiles)),
-        dout_ready=barriers(config.num_dout_stages),
+        kv_ready=barriers(
+            arrivals=sum(num_copies(spec.kv_len, block_kv, x, own_keys) for x in (qk, vo))
+        ),
+        q_ready=barriers(config.num_q_stages, arrivals_of_queries(qk) + num_brought(tiles)),
+        dout_ready=barriers(config.num_dout_stages, arrivals_of_queries(vo)),
         q_free=barriers(config.num_q_stages),
         dout_free=barriers(config.num_dout_stages),
         p_ready=barriers(NUM_SCORE_STAGES, arrivals=1) if shared else None,
@@ -167,3 +180,24 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         near_free=barriers(NUM_MATH_WGS, 1) if num_near else None,
         gradients=array_gradients.in_smem(tiles, WG_KEYS),
     )
+
+
+class Copied(NamedTuple):
+    """The tiles that TMA copies, as it does. From those of k and v their gradients are stored."""
+
+    q: Tile
+    dout: Tile
+    k: Tile
+    v: Tile
+
+
+def split(spec: AttentionSpec, smem: Storage) -> tuple[Storage, Copied]:
+    """What `storage` has allocated, with whole tiles, and how these are copied."""
+    tiles = Copied(
+        q=Tile.of(smem.q, spec.q_len),
+        dout=Tile.of(smem.dout, spec.q_len),
+        k=Tile.of(smem.k, spec.kv_len),
+        v=Tile.of(smem.v, spec.kv_len),
+    )
+    whole = {name: tile.whole for name, tile in tiles._asdict().items()}
+    return smem._replace(**whole), tiles

@@ -29,9 +29,9 @@ def _rows_of_piece(rows: int, columns: Columns) -> int:
     return rows if columns.smem == columns.tile else TMA_ROWS
 
 
-def num_copies(length: int, rows: int, columns: Columns) -> int:
-    """Of a tile of so many rows: its barrier is arrived at so often."""
-    return rows // _rows_of_piece(rows, columns) if is_split(length) else 1
+def num_copies(length: int, rows: int, columns: Columns, part: int | None = None) -> int:
+    """Of a tile of so many rows: its barrier is arrived at so often. part: as in `copied`."""
+    return rows // _rows_of_piece(part or rows, columns) if is_split(length) else 1
 
 
 # Of a warpgroup.
@@ -53,14 +53,27 @@ class Tile(NamedTuple):
         """The tile at an index of the axes in front."""
         return Tile(self.whole.at[index], None if self.pieces is None else self.pieces.at[index])
 
+    def rows(self, nth: Any, rows: int) -> "Tile":
+        """The nth part of a tile, of so many rows: it consists of whole pieces."""
+        whole = self.whole.at[pl.ds(nth * rows, rows)]
+        if self.pieces is None:
+            return Tile(whole, None)
+        count = rows // self.pieces.shape[2]
+        return Tile(whole, self.pieces.at[pl.ds(nth * count, count)])
 
-def copied(shape: tuple[int, ...], dtype: Any, columns: Columns, length: int) -> Any:
-    """SMEM for tiles [.., rows, columns] of an array of so many positions, see `Tile.of`."""
+
+def copied(
+    shape: tuple[int, ...], dtype: Any, columns: Columns, length: int, part: int | None = None
+) -> Any:
+    """SMEM for tiles [.., rows, columns] of an array of so many positions, see `Tile.of`.
+
+    part: rows of the smallest `Tile.rows` that is copied on its own, if it is not the whole tile.
+    """
     whole = tiled(shape, dtype, columns.tile)
     if not is_split(length):
         return whole
     *stages, rows, _ = shape
-    some = _rows_of_piece(rows, columns)
+    some = _rows_of_piece(part or rows, columns)
     pieces = (*stages, rows // some, columns.smem // columns.tile, some, columns.tile)
     swizzle = plgpu.SwizzleTransform(columns.tile * jnp.dtype(dtype).itemsize)
     return plgpu.RefUnion(whole, plgpu.SMEM(pieces, dtype, transforms=(swizzle,)))

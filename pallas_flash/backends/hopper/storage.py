@@ -103,13 +103,6 @@ def tma_rows(length: int) -> int:
     return length if length <= TMA_ROWS else round_up(length, TMA_ROWS)
 
 
-def padded(x: Any, columns: Columns) -> Any:
-    """[B, T, H, D] as TMA can read it: itself, unless an odd length or dimension needs zeros."""
-    rows = tma_rows(x.shape[1]) - x.shape[1]
-    width = columns.gmem - x.shape[3]
-    return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, width))) if rows or width else x
-
-
 def window(array: Any, batch: Any, start: Any, head: Any, tile: Any) -> Any:
     """The part of a GMEM array [B, T, H, D] from position `start` on that fills the SMEM `tile`.
 
