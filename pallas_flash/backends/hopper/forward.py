@@ -23,7 +23,6 @@ from pallas_flash.backends.hopper.forward_load import load
 from pallas_flash.backends.hopper.forward_storage import (
     REDUCTION_SCRATCH_BYTES,
     REGISTERS,
-    out_columns,
     query_columns,
     split,
     storage,
@@ -47,7 +46,7 @@ def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[An
     """out [B, Tq, Hq, Dv] in q's dtype and lse [B, Hq, Tq] float32, natural log."""
     spec, operands = spelled_out(spec), with_numbers(operands)
     tiles, mask = config.forward, operands.mask
-    columns, v_columns = query_columns(spec), value_columns(spec, tiles.block_kv)
+    columns, v_columns = query_columns(spec), value_columns(spec)
     walk, assigned = plan(spec, tiles, mask)
     # P is 0 there, but its product with V would spread 0 * NaN.
     unused = unused_keys(mask, spec.batch, spec.q_len, spec.kv_len)
@@ -87,7 +86,7 @@ def _launch(
             compute(kernel, wg)
 
     of_out = spec.batch, spec.q_len, spec.num_q_heads, spec.value_dim
-    columns = out_columns(spec, config)
+    columns = value_columns(spec)
     lse_rows = round_up(spec.q_len, config.block_q)
     return plgpu.kernel(
         flash_attention_forward,

@@ -14,9 +14,10 @@ from pallas_flash.backends import tile as meaning
 from pallas_flash.backends.hopper import copies, masking
 from pallas_flash.backends.hopper.elementwise import written_out_scaled
 from pallas_flash.backends.hopper.forward_kernel import Kernel, place_of
-from pallas_flash.backends.hopper.forward_storage import WG_ROWS
+from pallas_flash.backends.hopper.forward_storage import WG_ROWS, value_columns
 from pallas_flash.backends.hopper.forward_walk import Tile, first_tile, for_each_tile
 from pallas_flash.backends.hopper.leaves import Terms
+from pallas_flash.backends.hopper.products import add_product
 from pallas_flash.backends.hopper.scores import Part, Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import (
     LN_2,
@@ -176,7 +177,7 @@ def _step(kernel: Kernel, wg: Any, q: Any, t: Any, state: State, acc: Any, part:
         _take_turn(kernel, wg)
         plgpu.wgmma(s_acc, q, smem.k.at[k_stage].transpose((1, 0)))
         plgpu.barrier_wait(smem.v_ready.at[v_stage])
-        plgpu.wgmma(acc, state.p, smem.v.at[v_stage])
+        _add_product(kernel, acc, state.p, smem.v.at[v_stage])
         _pass_turn(kernel, wg)
         s = load_accumulator(s_acc, wait_n=1)
         terms = _terms(kernel, wg, k_stage, part)
@@ -191,11 +192,20 @@ def _step(kernel: Kernel, wg: Any, q: Any, t: Any, state: State, acc: Any, part:
     return pl.run_scoped(products, plgpu.ACC((WG_ROWS, smem.k.shape[1]), jnp.float32))
 
 
+def _add_product(kernel: Kernel, acc: Any, p: Any, v_smem: Any) -> None:
+    """Issues ``acc += p @ v``."""
+    tile = value_columns(kernel.spec).tile
+    if kernel.config.block_kv % tile == 0:
+        plgpu.wgmma(acc, p, v_smem)
+    else:
+        add_product(acc, p, v_smem, tile)
+
+
 def _multiply_last(kernel: Kernel, tile: Tile, first_step: Any, state: State, acc: Any) -> None:
     """Adds the product with V of a tile's last step."""
     smem, stage = kernel.smem, kernel.stage(first_step + tile.num_steps - 1)
     plgpu.barrier_wait(smem.v_ready.at[stage])
-    plgpu.wgmma(acc, state.p, smem.v.at[stage])
+    _add_product(kernel, acc, state.p, smem.v.at[stage])
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(smem.v_free.at[stage])
 

@@ -1,6 +1,5 @@
 """SMEM and barriers of the forward kernel."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -13,7 +12,6 @@ from pallas_flash.backends.hopper.storage import (
     Columns,
     head_columns,
     shared_memory_bytes,
-    tma_can_tile,
 )
 from pallas_flash.backends.hopper.tiling import Tiling, in_smem, num_brought
 from pallas_flash.spec import AttentionSpec
@@ -61,11 +59,9 @@ def query_columns(spec: AttentionSpec) -> Columns:
     return head_columns(spec.head_dim)
 
 
-def value_columns(spec: AttentionSpec, block_kv: int) -> Columns:
-    """Layout of value_dim: keys, which P V sums over, must be whole swizzle tiles too."""
-    return head_columns(
-        spec.value_dim, widest_tile=next(t for t in (64, 32, 16) if block_kv % t == 0)
-    )
+def value_columns(spec: AttentionSpec) -> Columns:
+    """Layout of value_dim."""
+    return head_columns(spec.value_dim)
 
 
 def tiling(spec: AttentionSpec, config: Any) -> Tiling:
@@ -78,14 +74,14 @@ def registers(spec: AttentionSpec, config: Any) -> int:
 
     Scores and accumulator are 64 rows of float32, P has 16 bits: a thread holds half a row of them.
     """
-    accumulator = value_columns(spec, config.block_kv).smem // 2
+    accumulator = value_columns(spec).smem // 2
     return accumulator + config.block_kv // 2 + config.block_kv // 4 + OTHER_REGISTERS
 
 
 def storage(spec: AttentionSpec, config: Any) -> Storage:
     """The scratch types of a block."""
     wgs, stages, block_kv = config.num_warpgroups, config.num_stages, config.block_kv
-    qk, vo = query_columns(spec), value_columns(spec, block_kv)
+    qk, vo = query_columns(spec), value_columns(spec)
     tiles = tiling(spec, config)
     num_near = num_brought(tiles, near=True)
     separate = Storage(
@@ -113,18 +109,10 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         near_free=plgpu.Barrier(num_barriers=wgs) if num_near else None,
     )
     # The result can be staged in the queries' place if the next ones are not on their way there.
-    out_fits_q = config.num_q_stages == 1 and vo.smem == qk.smem and tma_can_tile(vo.gmem, qk.tile)
+    out_fits_q = config.num_q_stages == 1 and (vo.smem, vo.tile) == (qk.smem, qk.tile)
     if out_fits_q and shared_memory_bytes(separate) + REDUCTION_SCRATCH_BYTES > SHARED_MEMORY_LIMIT:
         return separate._replace(out=None)
     return separate
-
-
-def out_columns(spec: AttentionSpec, config: Any) -> Columns:
-    """Layout of value_dim in the tile that the result is staged in."""
-    columns = value_columns(spec, config.block_kv)
-    if storage(spec, config).out is not None:
-        return columns
-    return dataclasses.replace(columns, tile=query_columns(spec).tile)
 
 
 class Copied(NamedTuple):

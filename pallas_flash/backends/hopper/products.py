@@ -1,4 +1,4 @@
-"""What products over a number of queries that is no multiple of 64 need beside Pallas' own."""
+"""What products over a number of queries or keys that is no multiple of 64 need beside Pallas'."""
 
 from typing import Any
 

@@ -57,13 +57,13 @@ class Columns:
     tile: int
 
 
-def head_columns(dim: int, parts: int = 1, widest_tile: int = 64) -> Columns:
+def head_columns(dim: int, parts: int = 1) -> Columns:
     """The narrowest layout of `dim` whose `parts` equal parts are whole swizzle tiles."""
     for gmem in (dim, round_up(dim, 16)):
         for smem in range(round_up(gmem, 16), round_up(gmem, 64) + 1, 16):
             for tile in (64, 32, 16):
                 is_whole = smem % (parts * tile) == 0
-                if tile <= widest_tile and is_whole and tma_can_tile(gmem, tile):
+                if is_whole and tma_can_tile(gmem, tile):
                     return Columns(gmem, smem, tile)
     raise AssertionError(f"no layout for head dimension {dim} in {parts} parts")
 
