@@ -95,6 +95,16 @@ CASES = {
     "d192-value-dim-128-gqa": Case(80, 60, 2, 1, 192, 128),
     "d256-causal": Case(200, 70, 1, 1, 256, 256, mask=pf.Causal(), allowed=causal),
     "d256-blocks-of-80": Case(70, 170, 1, 1, 256, 256, config={"block_kv": 80}),
+    "d200-blocks-of-80-causal": Case(
+        130, 170, 1, 1, 200, 256, mask=pf.Causal(), allowed=causal,
+        config={"block_kv": 80, "takes_turns": True},
+    ),
+    "d192-blocks-of-96": Case(70, 201, 2, 1, 192, 192, config={"block_kv": 96}),
+    "d96-blocks-of-48": Case(70, 130, 1, 1, 96, 96, config={"block_kv": 48}),
+    "value-dim-32-blocks-of-80-causal": Case(
+        90, 171, 1, 1, 64, 32, mask=pf.Causal("bottom_right"), config={"block_kv": 80},
+        allowed=lambda q, k: k <= q + 171 - 90,
+    ),
     "one-stage": Case(70, 170, 1, 1, 64, 64, config={"num_stages": 1, "block_kv": 64}),
     "four-stages-without-turns": Case(
         70, 333, 1, 1, 64, 64, config={"num_stages": 4, "block_kv": 32, "takes_turns": False}
