@@ -187,26 +187,46 @@ def _tuned():
     return sorted(found, key=str)
 
 
-@pytest.mark.parametrize("number", range(len(_tuned())))
-def test_tuned_configurations(number, record_property):
-    """Of the forward: the backward's are the defaults."""
-    head_dim, kind, *parts = _tuned()[number]
-    mask, allowed = MASKS["full" if kind == "none" else "causal"](Sizes(q_len=1000, kv_len=1000))
+def check_forward(sizes: Sizes, mask_name: str, change, record):
+    """With the configuration that `change` makes of the default one."""
+    mask, allowed = MASKS[mask_name](sizes)
     with oracle.on_host():
-        arrays = qkv(Sizes(2, 1000, 1000, 4, 2, head_dim, head_dim), jnp.bfloat16)
+        arrays = qkv(sizes, jnp.bfloat16)
         exact, plain = jax.jit(oracle.attention), jax.jit(oracle.plain_attention_with_lse)
         low = plain(*arrays, allowed)
         with jax.enable_x64(True):
             truth = exact(*arrays, allowed=allowed)
     arrays = jax.tree.map(np.asarray, arrays)
-    default = hopper.default_config(AttentionSpec.of(Operands(*arrays, mask), scale=1.0))
-    config = dataclasses.replace(default, **dict(parts))
+    config = change(hopper.default_config(AttentionSpec.of(Operands(*arrays, mask), scale=1.0)))
     how = {"mask": mask, "backend": "hopper", "config": config}
     out, lse = jax.jit(functools.partial(pf.flash_attention_with_lse, **how))(*arrays)
     error = np.abs(np.asarray(out, np.float64) - np.asarray(truth[0]))
-    record_property("error_out", float(error.max()))
+    record("error_out", float(error.max()))
     assert_as_good_as_plain(out, low[0], truth[0], "out", 2.0)
     assert_close_to_oracle(lse, truth[1], "lse", rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", range(len(_tuned())))
+def test_tuned_configurations(number, record_property):
+    """Of the forward: the backward's are the defaults."""
+    head_dim, kind, *parts = _tuned()[number]
+    sizes = Sizes(2, 1000, 1000, 4, 2, head_dim, head_dim)
+    mask = "full" if kind == "none" else "causal"
+    check_forward(sizes, mask, lambda c: dataclasses.replace(c, **dict(parts)), record_property)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize(
+    ("block_kv", "dims"),
+    [(80, (256, 256)), (80, (64, 32)), (112, (192, 96)), (48, (40, 40))],
+    ids=["80-d256", "80-value-dim-32", "112-value-dim-96", "48-d40"],
+)
+def test_blocks_that_are_no_whole_tiles(block_kv, dims, mask, record_property):
+    def change(config):
+        forward = dataclasses.replace(config.forward, block_kv=block_kv)
+        return dataclasses.replace(config, forward=forward)
+
+    check_forward(Sizes(2, 500, 1001, 4, 2, *dims), mask, change, record_property)
 
 
 @pytest.mark.parametrize("dims", [(192, 128), (64, 256), (256, 16), (40, 72), (128, 64)])
