@@ -141,13 +141,14 @@ def _suits_80_keys(spec: AttentionSpec) -> bool:
     """Whether the forward is faster with 80 keys a block than with 64.
 
     At head_dim 256, 8 heads, without a mask: 762 TFLOP/s for 726 at 1 x 16384 and 660 for 622 at
-    16 x 1024, but 696 for 706 at 4 x 4096, where a last block of 16 keys costs as much as the
-    others. Under a causal mask 707 for 690, 630 for 633, and 375 for 458. H100, JAX 0.11.2.
+    16 x 1024, the shortest measured, but 696 for 706 at 4 x 4096, whose last block has 16 keys.
+    Under a causal mask 707 for 690, 630 for 633, and 375 for 458. H100, JAX 0.11.2.
     """
-    is_wide = min(spec.head_dim, spec.value_dim) > 192
+    is_widest = min(spec.head_dim, spec.value_dim) > 240
     is_full = spec.mask is None and spec.score_mod is None and spec.dropout is None
     keys_in_last = spec.kv_len % 80 or 80
-    return is_wide and is_full and (keys_in_last >= 48 or spec.kv_len >= 8192)
+    wastes_little = spec.kv_len >= 8192 or (spec.kv_len >= 1024 and keys_in_last >= 48)
+    return is_widest and is_full and wastes_little
 
 
 @dataclasses.dataclass(frozen=True)
