@@ -440,6 +440,32 @@ def test_default_configs_fit_shared_memory():
             assert config.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT, (head_dim, value_dim)
 
 
+@pytest.mark.parametrize(
+    ("length", "mask", "deterministic", "block_q"),
+    [
+        (4096, None, False, 80),
+        (1000, None, False, 80),
+        # Of its seven tiles the last would be mostly empty.
+        (512, None, False, 64),
+        (4096, pf.Causal(), False, 64),
+        (4096, None, True, 64),
+    ],
+)
+def test_80_queries_where_they_were_faster(length, mask, deterministic, block_q):
+    operands = described(128, 128, mask, q_len=length, kv_len=length)[0]
+    spec = AttentionSpec.of(operands, 0.1, deterministic)
+    assert default_backward_config(spec).block_q == block_q
+
+
+def test_as_many_heads_side_by_side_as_run_at_a_time():
+    def heads(length):
+        operands = described(128, 128, q_len=4 * length, kv_len=length)[0]
+        return default_backward_config(AttentionSpec.of(operands, 0.1)).heads_per_group
+
+    # 32 and 128 blocks of keys, of which 132 run at a time. The cache would do for one head.
+    assert (heads(4096), heads(16384)) == (4, 1)
+
+
 def test_shared_memory_is_what_pallas_requests():
     arrays = described(128, 128)
     config = BackwardConfig(128, 128, 4, 3, 1)

@@ -154,24 +154,6 @@ def test_blocks_that_are_no_whole_tiles_lower_for_cuda(block_kv, head_dim, value
     assert lowers(described(head_dim, value_dim, mask), block_kv=block_kv)
 
 
-@pytest.mark.parametrize(
-    ("kv_len", "mask", "head_dim", "block_kv"),
-    [
-        (16384, None, 256, 80),
-        (1024, None, 256, 80),
-        (4096, None, 256, 64),
-        (63, None, 256, 64),
-        (16384, pf.Causal(), 256, 64),
-        (16384, None, 192, 96),
-    ],
-)
-def test_the_widest_heads_have_80_keys_a_block_where_these_were_faster(
-    kv_len, mask, head_dim, block_kv
-):
-    spec = AttentionSpec.of(described(head_dim, head_dim, mask, kv_len=kv_len), 0.1)
-    assert default_forward_config(spec).block_kv == block_kv
-
-
 def test_a_search_finds_80_keys_from_64():
     spec = AttentionSpec.of(described(256, 256, kv_len=4096), 0.1)
     candidates = hopper.candidate_configs(spec, hopper.default_config(spec), "forward")

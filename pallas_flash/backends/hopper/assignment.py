@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Thread blocks that share out the tiles: one for every multiprocessor of an H100.
-NUM_BLOCKS = 132
+from pallas_flash.backends.hopper.storage import NUM_SMS
+
+# Thread blocks that share out the tiles: one for every multiprocessor.
+NUM_BLOCKS = NUM_SMS
 # What a tile costs besides its steps, in steps.
 TILE_OVERHEAD = 0.5
 # How many times every block gets a tile before the next heads come, where tiles are dealt out.

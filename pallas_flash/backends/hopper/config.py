@@ -4,10 +4,13 @@ import dataclasses
 import itertools
 from typing import Any
 
+import jax.experimental.pallas as pl
+
 from pallas_flash.backends.hopper import backward_storage, forward_storage
 from pallas_flash.backends.hopper.leaves import reads_matrices, rows_share_matrices
 from pallas_flash.backends.hopper.storage import (
     L2_BYTES_PER_GROUP,
+    NUM_SMS,
     SHARED_MEMORY_LIMIT,
     round_up,
     shared_memory_bytes,
@@ -115,9 +118,6 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
     finds_rhythm = is_even and 64 < widest <= 128
     takes_turns = num_warpgroups > 1 and widest <= 192 and not finds_rhythm
     most_keys = 128 if widest <= 128 else 96 if widest <= 192 else 64
-    sizes = [size for size in (128, 96, 64, 48, 32) if size <= most_keys]
-    if _suits_80_keys(spec):
-        sizes.insert(0, 80)
     # The next queries on their way for a whole tile: +5% and +4% at 32 x 512 x 32 x 64 full and
     # causal, +3% at 32 x 512 x 16 x 128, but -2% at 8 x 2048 x 16 x 128 full. H100, JAX 0.11.2.
     few_steps = 1024 if widest <= 64 and spec.mask is not None else 512
@@ -131,24 +131,11 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
             takes_turns=takes_turns,
             heads_per_group=max(1, kv_heads * spec.group),
         )
-        for block_kv in sizes
+        for block_kv in (128, 96, 64, 48, 32)
         for num_q_stages in q_stages
+        if block_kv <= most_keys
     ]
     return _first_that_fits(spec, configs)
-
-
-def _suits_80_keys(spec: AttentionSpec) -> bool:
-    """Whether the forward is faster with 80 keys a block than with 64.
-
-    At head_dim 256, 8 heads, without a mask: 762 TFLOP/s for 726 at 1 x 16384 and 660 for 622 at
-    16 x 1024, the shortest measured, but 696 for 706 at 4 x 4096, whose last block has 16 keys.
-    Under a causal mask 707 for 690, 630 for 633, and 375 for 458. H100, JAX 0.11.2.
-    """
-    is_widest = min(spec.head_dim, spec.value_dim) > 240
-    is_full = spec.mask is None and spec.score_mod is None and spec.dropout is None
-    keys_in_last = spec.kv_len % 80 or 80
-    wastes_little = spec.kv_len >= 8192 or (spec.kv_len >= 1024 and keys_in_last >= 48)
-    return is_widest and is_full and wastes_little
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,10 +211,13 @@ def default_backward_config(spec: AttentionSpec) -> BackwardConfig:
         spec.head_dim * (spec.dtype.itemsize + 4) + spec.value_dim * spec.dtype.itemsize
     )
     bytes_per_kv_head = spec.group * spec.q_len * bytes_per_query
-    heads = max(1, L2_BYTES_PER_GROUP // bytes_per_kv_head)
+    block_kv = 128 if widest <= 128 else 64
+    # At least as many as run at a time: else the last one's longest blocks end alone, 558 TFLOP/s
+    # for 608 at 4 x 4096 x 32/8 x 128 causal, H100, JAX 0.11.2.
+    heads_at_a_time = NUM_SMS // pl.cdiv(spec.kv_len, block_kv)
+    heads = max(1, heads_at_a_time, L2_BYTES_PER_GROUP // bytes_per_kv_head)
     if rows_share_matrices(spec):
         heads = min(heads, spec.batch)
-    block_kv = 128 if widest <= 128 else 64
     tiles = [(64, block_kv, 2, 2), (64, block_kv, 2, 1), (64, block_kv, 1, 1)]
     if widest <= 64:
         tiles.insert(0, (128, 128, 2, 2))

@@ -7,6 +7,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_flash.backends.hopper.storage import (
+    NUM_SMS,
     TMA_ROWS,
     Columns,
     head_columns,
@@ -24,8 +25,6 @@ WG_ROWS = 64
 # Keys of a block. 128 are no faster: 0.3605 ms for 0.3566 at 8 x 32768, H100, JAX 0.11.2.
 BLOCK_KV = 64
 REDUCTION_SCRATCH_BYTES = 1024
-# Multiprocessors of an H100: each takes one thread block.
-NUM_SMS = 132
 
 
 @dataclasses.dataclass(frozen=True)

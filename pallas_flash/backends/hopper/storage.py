@@ -13,6 +13,8 @@ from jax import lax
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+# Multiprocessors of an H100.
+NUM_SMS = 132
 # What heads that run side by side may take of the 50 MB of an H100's L2 cache.
 L2_BYTES_PER_GROUP = 16 * 2**20
 # What a block of an H100 may have, in bytes.
