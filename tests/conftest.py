@@ -1,5 +1,6 @@
 """Set-up of every test, and the lists that every property is run for."""
 
+import gc
 import os
 
 # Before jax is imported: sharding tests need devices, interpret mode needs threads.
@@ -22,6 +23,8 @@ from pallas_flash.backends.blockwise import BlockwiseConfig
 # XLA's optimizations are not what is tested on a CPU, and they are a third of the time.
 if os.environ.get("JAX_PLATFORMS") == "cpu":
     jax.config.update("jax_disable_most_optimizations", True)
+# Traces are large and live for long: looking through them for garbage is 5% of the time.
+gc.set_threshold(20_000, 10, 10)
 
 # name -> keywords of a call. Odd tiles leave a remainder at every length below.
 BACKENDS = {
