@@ -58,6 +58,12 @@ def shim():
     interp_shim.gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
+def with_quick(values, quick):
+    """`values` as parameters of a test, which is quick for those in `quick` alone."""
+    assert set(quick) <= set(values)
+    return [pytest.param(x, marks=pytest.mark.quick) if x in quick else x for x in values]
+
+
 class Sizes(NamedTuple):
     """Of one problem; the tests' names."""
 

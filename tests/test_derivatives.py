@@ -7,7 +7,7 @@ import pytest
 
 import oracle
 import pallas_flash as pf
-from conftest import MASKS, SCORE_MODS, SIZES, Sizes, normal, qkv
+from conftest import MASKS, SCORE_MODS, SIZES, Sizes, normal, qkv, with_quick
 from pallas_flash.backends.blockwise import BlockwiseConfig
 from tolerance import assert_close_to_oracle
 
@@ -121,16 +121,17 @@ def test_tangents_of_the_reference():
     assert_agrees(tangents, *attentions("window", "bias", 0.0, {"backend": "reference"}))
 
 
-@pytest.mark.quick
+HIGHER = [
+    forward_over_reverse,
+    reverse_over_forward,
+    forward_over_forward,
+    reverse_over_reverse,
+    three_times_in_reverse,
+]
+
+
 @pytest.mark.parametrize(
-    "derivative",
-    [
-        forward_over_reverse,
-        reverse_over_forward,
-        forward_over_forward,
-        reverse_over_reverse,
-        three_times_in_reverse,
-    ],
+    "derivative", with_quick(HIGHER, [forward_over_reverse, reverse_over_reverse])
 )
 def test_higher_derivatives(derivative):
     assert_agrees(derivative, *attentions("causal-and-lengths", "softcap-then-bias", 0.0))

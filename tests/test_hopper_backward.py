@@ -14,6 +14,7 @@ import pytest
 
 import oracle
 import pallas_flash as pf
+from conftest import with_quick
 from interpreted import Case, below, causal, interpreted, is_caught, lengths, with_races
 from pallas_flash.backends.hopper import (
     array_gradients,
@@ -120,6 +121,17 @@ CASES = {
 }  # fmt: skip
 
 
+# Each of the kernels, with each of what its schedule and its copies may have to do.
+QUICK = [
+    "gqa-d40",
+    "stages-reused-d128",
+    "window-value-dim-32",
+    "causal-and-lengths-gqa",
+    "f16-value-dim-192",
+    "d200-lengths",
+    "d64-one-stage-dq-by-columns",
+]
+
 # Queries or keys without partner, some of them in a block that is visited.
 WITH_PADDING = ["causal-and-lengths-gqa", "d200-lengths", "more-keys-d80-causal"]
 WITH_PADDING += ["not-causal-square", "96-queries-d120-lengths"]
@@ -190,9 +202,8 @@ def plain(problem: Problem) -> Any:
     return vjp((problem.residuals[2], dlse))
 
 
-@pytest.mark.quick
 @interpreted
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", with_quick(CASES, QUICK))
 def test_gradients_match_the_oracle_without_races(name):
     p = problem(CASES[name])
     results, races = interpret(p)
@@ -360,6 +371,8 @@ def test_a_missing_wait_or_fence_is_caught(monkeypatch, module, function, guard,
 # Lowering for CUDA, on a machine without a GPU.
 
 DIMS = range(16, 257, 8)
+# Some of each kind of configuration.
+QUICK_DIMS = (16, 64, 80, 128, 192, 256)
 
 
 def described(head_dim, value_dim, mask=None, dtype=jnp.bfloat16, batch=2, q_len=200, kv_len=200):
@@ -381,8 +394,7 @@ def lowers(arrays, config=None):
     return run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.quick
-@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("head_dim", with_quick(DIMS, QUICK_DIMS))
 def test_default_config_lowers_for_cuda(head_dim):
     assert "mosaic_gpu" in lowers(described(head_dim, head_dim))
 

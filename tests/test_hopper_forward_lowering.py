@@ -15,8 +15,6 @@ from pallas_flash.backends.hopper.config import ForwardConfig, default_forward_c
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.spec import AttentionSpec, Operands
 
-pytestmark = pytest.mark.quick
-
 DIMS = (16, 40, 64, 80, 96, 128, 192, 256)
 
 
@@ -42,6 +40,7 @@ def lowers(operands, **changes) -> bool:
     return "mosaic_gpu" in text
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("mask", "dtype"),
     [(None, jnp.bfloat16), (pf.Causal(), jnp.float16)],
@@ -52,6 +51,7 @@ def test_default_config_lowers_for_cuda(head_dim, mask, dtype):
     assert lowers(described(head_dim, head_dim, mask, dtype))
 
 
+@pytest.mark.quick
 def test_xla_cannot_run_the_kernels_of_a_scan_twice():
     def layer(x, _):
         return x + pf.dot_product_attention(x, x, x, mask=pf.Causal()), None
@@ -71,6 +71,7 @@ def test_every_head_dim_lowers_for_cuda(head_dim):
     assert lowers(described(head_dim, head_dim))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("head_dim", "value_dim"), [(16, 256), (256, 16), (64, 128), (192, 128), (72, 200)]
 )
@@ -86,12 +87,14 @@ MASKS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_masks_lower_for_cuda(head_dim, mask):
     assert lowers(described(head_dim, head_dim, mask, q_len=7, kv_len=1001))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_arrays_of_odd_lengths_are_copied_as_they_are(head_dim):
     operands = described(head_dim, head_dim, q_len=4095, kv_len=1001)
@@ -108,6 +111,7 @@ def test_more_than_2_to_31_elements_lower_for_cuda():
     assert lowers(operands)
 
 
+@pytest.mark.quick
 def test_lowers_with_64_bit_types():
     with jax.enable_x64(True):
         mask = pf.Causal() & pf.KvLengths(jax.ShapeDtypeStruct((2,), jnp.int64))
@@ -116,6 +120,7 @@ def test_lowers_with_64_bit_types():
         assert lowers(described(128, 128, q_len=201, kv_len=201))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("length", [200, 201])
 def test_lowers_for_cuda_inside_shard_map(length, check_vma):
@@ -145,6 +150,7 @@ def test_default_configs_fit_shared_memory_and_are_served():
             assert hopper.unsupported(spec) is None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("mask", [None, pf.Causal()], ids=["full", "causal"])
 @pytest.mark.parametrize(
     ("block_kv", "head_dim", "value_dim"),
@@ -160,6 +166,7 @@ def test_a_search_finds_80_keys_from_64():
     assert {c.forward.block_kv for c in candidates} == {32, 48, 64, 80}
 
 
+@pytest.mark.quick
 def test_shared_memory_is_what_pallas_requests():
     operands = described(128, 64)
     spec = AttentionSpec.of(operands, 0.1)
@@ -172,6 +179,7 @@ def test_shared_memory_is_what_pallas_requests():
 # What is refused
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("operands", "reason"),
     [

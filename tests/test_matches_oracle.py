@@ -9,7 +9,7 @@ import pytest
 
 import oracle
 import pallas_flash as pf
-from conftest import BACKENDS, MASKS, SCORE_MODS, SIZES, Score, Sizes, normal, qkv
+from conftest import BACKENDS, MASKS, SCORE_MODS, SIZES, Score, Sizes, normal, qkv, with_quick
 from tolerance import assert_as_good_as_plain, assert_close_to_oracle
 
 # The score mods that are run at every size.
@@ -90,10 +90,11 @@ def test_values_and_gradients_of_every_score_mod(score_name):
     assert_agrees(TILES, "gqa", "causal", score_name)
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("score_name", EVERY_SIZE)
-@pytest.mark.parametrize("size_name", [size for size in SIZES if size != "gqa"])
+@pytest.mark.parametrize(
+    "size_name", with_quick([size for size in SIZES if size != "gqa"], ["mha-more-keys"])
+)
 def test_values_and_gradients_at_every_size(size_name, score_name, backend):
     assert_agrees(backend, size_name, "causal", score_name)
 
