@@ -1,6 +1,8 @@
 """Set-up of every test, and the lists that every property is run for."""
 
+import functools
 import gc
+import math
 import os
 
 # Before jax is imported: sharding tests need devices, interpret mode needs threads.
@@ -85,7 +87,17 @@ SIZES = {
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    """``jax.random.normal``, whose numbers depend on their index alone: compiled for few sizes."""
+    size = math.prod(shape)
+    padded = max(4096, 1 << (size - 1).bit_length())
+    numbers = _normal_numbers(seed, padded, jnp.dtype(dtype))
+    return jnp.asarray(numbers[:size].reshape(shape))
+
+
+@functools.cache
+def _normal_numbers(seed: int, size: int, dtype: np.dtype) -> np.ndarray:
+    with jax.ensure_compile_time_eval():
+        return np.asarray(jax.random.normal(jax.random.key(seed), size, dtype))
 
 
 def qkv(sizes: Sizes, dtype=jnp.float32) -> list[jax.Array]:
