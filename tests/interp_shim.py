@@ -465,7 +465,7 @@ def reset():
 
 
 # ---------------------------------------------------------------------------------------------
-# Speed: the same results in half of the time.
+# Speed: the same in two thirds of the time.
 
 
 def io_callback_impl(*args, callback, **_):
