@@ -35,11 +35,12 @@ from pallas_flash.backends.hopper.backward_load import load_tiles
 from pallas_flash.backends.hopper.backward_scores import with_rows
 from pallas_flash.backends.hopper.backward_storage import (
     NUM_MATH_WGS,
+    dp_starts_from_rows,
     dq_dtype,
     query_columns,
+    s_starts_from_rows,
     seen,
     split,
-    starts_from_rows,
     storage,
     tiling,
     value_columns,
@@ -92,8 +93,10 @@ def backward(
         factors = dq_fixed_point.factors(spec, operands, lse, delta, dout)
         factors = dq_fixed_point.over_whole_tiles(factors, tiles.block_q)
     lse_log2, delta = _per_query_terms(lse, delta, tiles.block_q)
-    if starts_from_rows(spec, tiles):
-        lse_log2, delta = lse_log2 / -(spec.scale * LOG2_E), -delta
+    if s_starts_from_rows(spec, tiles):
+        lse_log2 = lse_log2 / -(spec.scale * LOG2_E)
+    if dp_starts_from_rows(spec, tiles):
+        delta = -delta
     inputs = GlobalRefs(
         q=without_unused(in_gmem(operands.q, qk), unused, qk, tiles.block_q),
         k=in_gmem(operands.k, qk),

@@ -32,9 +32,10 @@ from pallas_flash.backends.hopper.backward_scores import (
 from pallas_flash.backends.hopper.backward_storage import (
     NUM_SCORE_STAGES,
     WG_KEYS,
+    dp_starts_from_rows,
     dq_part,
     query_columns,
-    starts_from_rows,
+    s_starts_from_rows,
     value_columns,
 )
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
@@ -120,11 +121,13 @@ def _step(
     """
     smem, config = kernel.smem, kernel.config
     dk_acc, dv_acc = accs
-    starts = starts_from_rows(kernel.spec, config)
-    if starts and config.block_q != 128:
+    s_starts = s_starts_from_rows(kernel.spec, config)
+    dp_starts = dp_starts_from_rows(kernel.spec, config)
+    if dp_starts and config.block_q != 128 and dk_acc.shape[1] > 64:
         # Seemingly another one in every step: else ptxas keeps the places of all operands in
-        # registers, which are few, and spills 170 bytes. With 128 queries it spills less as well,
-        # but is slower: 1.427 ms for 1.402, 4 x 4096 x 32 x 64 causal, H100, JAX 0.11.2.
+        # registers, which are few, and spills 170 bytes. With 128 queries, or up to head_dim 64, it
+        # spills less as well, but is slower: 1.427 ms for 1.402, 4 x 4096 x 32 x 64 causal, 2.111
+        # for 2.074 with a dense bias, 8 x 2048 x 16 x 64. H100, JAX 0.11.2.
         wg = wg + jnp.minimum(lax.optimization_barrier(t), 0)
     own = pl.ds(wg * WG_KEYS, WG_KEYS)
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
@@ -137,11 +140,11 @@ def _step(
 
     def products(s_acc, dp_acc):
         plgpu.barrier_wait(smem.q_ready.at[q_slot])
-        if starts:
+        if s_starts:
             start_from(s_acc, smem.lse_log2.at[q_slot, queries])
         plgpu.wgmma(s_acc, smem.k.at[own], q_smem.transpose((1, 0)))
         plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
-        if starts:
+        if dp_starts:
             start_from(dp_acc, smem.delta.at[dout_slot, queries])
         plgpu.wgmma(dp_acc, smem.v.at[own], dout_smem.transpose((1, 0)))
         dq_shape = dq_part(kernel.spec, config)
@@ -149,7 +152,7 @@ def _step(
         return pl.run_scoped(partial(gradients, s_acc, dp_acc), dq_acc)
 
     def lse_log2_of_tile():
-        return None if starts else per_query(smem.lse_log2.at[q_slot, queries])
+        return None if s_starts else per_query(smem.lse_log2.at[q_slot, queries])
 
     def gradients(s_acc, dp_acc, dq_acc):
         if config.block_q == 64:
@@ -163,7 +166,7 @@ def _step(
         p = keep(terms, weights.p).astype(kernel.spec.dtype)
         _add_product(kernel, dv_acc, p, dout_smem, value_columns(kernel.spec))
         dp = load_accumulator(dp_acc, wait_n=1)
-        delta = None if starts else per_query(smem.delta.at[dout_slot, queries])
+        delta = None if dp_starts else per_query(smem.delta.at[dout_slot, queries])
         x = weight_factors(part, terms, dp, delta)
         # 0 where P is, since dP is finite there (`scrub`). Without the scale.
         ds = (weights.scores * x).astype(kernel.spec.dtype)
