@@ -60,6 +60,13 @@ LOWERED += [(name, "d256") for name in ("function", "function-of-queries", "mask
 LOWERED += [("wide-arrays-of-every-kind", "d128")]
 
 
+@pytest.mark.parametrize("mask", [pf.KvLengths, pf.QLengths])
+def test_lengths_alone_lower_where_keys_end_inside_of_a_tile(mask):
+    sizes = Sizes(2, 300, 500, 4, 2, 64, 64)
+    spec, operands = request(qkv(sizes, jnp.bfloat16), mask(jnp.array([70, 400], jnp.int32)))
+    assert lowers(spec, operands, operands.q)
+
+
 @pytest.mark.parametrize(("name", "sizes"), LOWERED, ids=map("-".join, LOWERED))
 def test_forward_and_backward_of_every_case_lower_for_cuda(name, sizes, without_layouts):
     assert lowers(*problem(name, sizes))

@@ -17,7 +17,7 @@ class KvLengths(Mask):
         return kv_pos < self.lengths
 
     def kv_range(self, q_pos):
-        return Range(end=0 * q_pos + self.lengths)
+        return Range(end=self.lengths)
 
     def q_range(self, kv_pos):
         return Range(end=jnp.where(kv_pos < self.lengths, BEHIND_ALL, BEFORE_ALL))
@@ -39,7 +39,7 @@ class QLengths(Mask):
         return Range(end=jnp.where(q_pos < self.lengths, BEHIND_ALL, BEFORE_ALL))
 
     def q_range(self, kv_pos):
-        return Range(end=0 * kv_pos + self.lengths)
+        return Range(end=self.lengths)
 
     def block_kind(self, q_lo, q_hi, kv_lo, kv_hi):
         return kind_of(q_lo < self.lengths, q_hi < self.lengths)
