@@ -26,7 +26,10 @@ class Bounds(NamedTuple):
 
 
 class Range(NamedTuple):
-    """The positions first <= pos < end, elementwise; None where nothing bounds that side."""
+    """The positions first <= pos < end; None where nothing bounds that side.
+
+    A bound is one number, or one for each position that was asked about.
+    """
 
     first: Any = None
     end: Any = None
@@ -58,7 +61,9 @@ class Mask:
     def kv_range(self, q_pos: Any) -> Range | None:
         """The keys that each query may attend to if they are always one `Range`, else None.
 
-        Elementwise like `allowed`; of the mask's arrays those along keys are None here.
+        Elementwise like `allowed`; of the mask's arrays those along keys are None here. A bound
+        that is the same for all queries is one number, not made of `q_pos`, of which kernels could
+        make nothing.
         """
         return None
 
