@@ -3,22 +3,18 @@
 They follow jax 0.11.2 to 0.12.0.1, whose interpret mode lacks
 
 * ``pl.run_state`` over ``plgpu.ACC.init(...)`` and stores to an accumulator,
-* products with the left operand in registers,
+* products with the left operand in registers, and inlined functions: see `interp_products`,
 * ``copy_smem_to_gmem`` with a reduction or a predicate, and atomics,
 * members of a ``plgpu.RefUnion`` that share their memory: see `interp_unions`,
 
-and looks for no race in what wgmma reads. Here an operand in SMEM is checked on the clock of the
-async proxy when the product is issued and again when it is awaited. That catches an operand that
-has not arrived, one stored without ``commit_smem``, and a stage released too early.
+and looks for no race in what wgmma reads, as `interp_products` does.
 
 Reductions and atomics never count as races; blocks run one after another.
 """
 
-import collections
 import functools
 import threading
 import types
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,147 +28,23 @@ from jax._src.state import discharge
 from jax._src.state import types as state_types
 
 import interp_unions
+from interp_products import (
+    access_of,
+    accumulator_store,
+    interpret_inline_mgpu,
+    products_in_flight,
+    update,
+    wgmma,
+    wgmma_accumulator_deref,
+    wgmma_wait,
+)
 
-KEY_TYPE = gpu_callbacks.HostAllocationKey.shape_and_dtype()
-SMEM = shared_memory.get_memory_space_idx(gpu_core.MemorySpace.SMEM)
 REGISTERS = shared_memory.get_memory_space_idx(gpu_core.MemorySpace.REGS)
-UFUNCS = {
-    "add": np.add,
-    "max": np.maximum,
-    "min": np.minimum,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-}
-
 original_reset = gpu_callbacks.reset_gpu_interpret_mode_state
-original_accumulator_deref = gpu_callbacks.wgmma_accumulator_deref
 original_copy_smem_to_gmem = gpu_callbacks.copy_smem_to_gmem
 original_to_int = shared_memory._to_int
 original_interpret = jaxpr_interpret.JaxprInterpreter.interpret
-
-
-class Read(NamedTuple):
-    """A part of SMEM that a product reads."""
-
-    key: Any
-    access: Any
-    source_info: Any
-
-
-# For every thread the reads of each product that it has issued and not awaited, oldest first.
-products_in_flight: dict[Any, list[list[Read]]] = collections.defaultdict(list)
-read_modify_write = threading.Lock()
 compiling = threading.Lock()
-
-
-def access_of(memory: Any, key: Any, transforms: Any) -> Any:
-    transforms = gpu_callbacks._remove_noop_transforms(transforms)
-    return memory.access(key, jax.tree.map(int, transforms))
-
-
-def log(mesh_location: Any, thread: Any, source_info: Any) -> Any:
-    return shared_memory.GPULoggingInfo(mesh_location, thread, source_info)
-
-
-# ---------------------------------------------------------------------------------------------
-# Products
-
-
-def check_reads(memory: Any, thread: Any, reads: list[Read]) -> None:
-    """Looks for races of reads that the async proxy makes now."""
-    if not memory.detect_races or not reads:
-        return
-    with memory.lock:
-        memory.clocks[thread].inc(memory.thread_to_vc_position(thread))
-        clock = memory.clocks[thread].copy()
-    for read in reads:
-        gpu_callbacks.get_races().check_read(
-            thread, clock.async_smem_clock, read.key, read.access, source_info=read.source_info
-        )
-
-
-def await_products(memory: Any, thread: Any, leave: int) -> None:
-    """Ends all products of a thread but the `leave` youngest."""
-    products = products_in_flight[thread]
-    while len(products) > leave:
-        check_reads(memory, thread, products.pop(0))
-
-
-@gpu_callbacks.fail_on_exception
-def wgmma(
-    *,
-    token,
-    mesh_location,
-    thread,
-    acc_allocation_key_as_array,
-    acc_transforms,
-    a_allocation_key_as_array,
-    a_transforms,
-    b_allocation_key_as_array,
-    b_transforms,
-    source_info=None,
-):
-    memory = gpu_callbacks._get_shared_memory()
-    logging_info = log(mesh_location, thread, source_info)
-    reads = []
-
-    def load(operand, transforms):
-        is_key = tuple(operand.shape) == tuple(KEY_TYPE.shape) and operand.dtype == KEY_TYPE.dtype
-        if not is_key:
-            return np.asarray(operand)
-        key = gpu_callbacks.HostAllocationKey.from_array(operand)
-        access = access_of(memory, key, transforms)
-        if key.memory_space_id == SMEM:
-            reads.append(Read(key, access, source_info))
-        return memory.get_buffer_content(key, access, None, logging_info=logging_info)[0]
-
-    a = load(a_allocation_key_as_array, a_transforms).astype(np.float32)
-    b = load(b_allocation_key_as_array, b_transforms).astype(np.float32)
-    check_reads(memory, thread, reads)
-    products_in_flight[thread].append(reads)
-    key = gpu_callbacks.HostAllocationKey.from_array(acc_allocation_key_as_array)
-    access = access_of(memory, key, acc_transforms)
-    acc = memory.get_buffer_content(key, access, None, logging_info=logging_info)[0]
-    result = (acc + np.matmul(a, b)).astype(acc.dtype)
-    memory.store_buffer_content(
-        key, access, result, thread, increment_clock=False, logging_info=logging_info
-    )
-    return token
-
-
-@gpu_callbacks.fail_on_exception
-def multiply_add(*, token, thread, key, transforms, acc, a, source_info):
-    memory = gpu_callbacks._get_shared_memory()
-    key = gpu_callbacks.HostAllocationKey.from_array(key)
-    access = access_of(memory, key, transforms)
-    b = memory.get_buffer_content(key, access, None)[0].astype(np.float32)
-    reads = [Read(key, access, source_info)]
-    check_reads(memory, thread, reads)
-    products_in_flight[thread].append(reads)
-    return token, np.asarray(acc) + np.matmul(np.asarray(a).astype(np.float32), b)
-
-
-@gpu_callbacks.fail_on_exception
-def accumulator_store(*, token, thread, key, value):
-    memory = gpu_callbacks._get_shared_memory()
-    key = gpu_callbacks.HostAllocationKey.from_array(key)
-    access = access_of(memory, key, ())
-    memory.store_buffer_content(key, access, np.asarray(value), thread, increment_clock=False)
-    return token
-
-
-@gpu_callbacks.fail_on_exception
-def wgmma_accumulator_deref(*, thread, wait_n, **keywords):
-    if wait_n is not None:
-        await_products(gpu_callbacks._get_shared_memory(), thread, leave=wait_n)
-    return original_accumulator_deref(thread=thread, wait_n=wait_n, **keywords)
-
-
-@gpu_callbacks.fail_on_exception
-def wgmma_wait(*, token, thread, n):
-    await_products(gpu_callbacks._get_shared_memory(), thread, leave=n)
-    return token
 
 
 # ---------------------------------------------------------------------------------------------
@@ -199,14 +71,6 @@ class ReduceTask(gpu_callbacks.AsyncCopySmemToGmemTask):
         if clipped is not None:
             update(memory, self.thread, key, *clipped, self.reduction_op)
         self.post_write(tma_thread_id, memory)
-
-
-def update(memory, thread, key, access, value, op) -> None:
-    """Combines `value` with what a buffer holds, in one step."""
-    with read_modify_write:
-        old = memory.get_buffer_content(key, access, None)[0]
-        new = UFUNCS[op](old, value).astype(old.dtype)
-        memory.store_buffer_content(key, access, new, thread, increment_clock=False)
 
 
 @gpu_callbacks.fail_on_exception
@@ -326,79 +190,6 @@ def interpret_wgmma_wait(self, eqn, token, args):
         thread=self.thread,
     )
     return token, []
-
-
-def fragments(matrix_shape, of_floats):
-    """Where a matrix's numbers lie in a part of `dq_fragments`: an index for each place."""
-    rows, columns = matrix_shape
-    index = np.arange(rows * columns).reshape(rows // 64, 4, 2, 8, columns // 8, 4, 2)
-    # 64 rows: four warps, two halves, eight rows; eight columns: four threads, two numbers. Four
-    # numbers of a thread lie side by side, or one of each thread.
-    axes = (0, 4, 1, 3, 5, 2, 6) if of_floats else (0, 4, 2, 6, 1, 3, 5)
-    return index.transpose(axes).ravel()
-
-
-@gpu_callbacks.fail_on_exception
-def add_fragments(*, token, thread, key, transforms, value):
-    memory = gpu_callbacks._get_shared_memory()
-    key = gpu_callbacks.HostAllocationKey.from_array(key)
-    value = np.asarray(value)
-    of_floats = np.issubdtype(value.dtype, np.floating)
-    part = value.ravel()[fragments(value.shape, of_floats)]
-    update(memory, thread, key, access_of(memory, key, transforms), part, "add")
-    return token
-
-
-@gpu_callbacks.fail_on_exception
-def load_fragments(*, token, thread, key, transforms, shape):
-    memory = gpu_callbacks._get_shared_memory()
-    key = gpu_callbacks.HostAllocationKey.from_array(key)
-    part = memory.get_buffer_content(key, access_of(memory, key, transforms), None)[0]
-    matrix = np.empty(shape, part.dtype)
-    matrix.reshape(-1)[fragments(shape, np.issubdtype(part.dtype, np.floating))] = part
-    return token, matrix
-
-
-def interpret_inline_mgpu(self, eqn, token, args):
-    name, flat_types = eqn.params["mgpu_fn"].__name__, eqn.params["flat_arg_types"]
-    if name == "to_integers":
-        return token, [jax.numpy.round(args[0]).astype(np.int32)]
-    ref, *values = args[: len(flat_types)]
-    transforms = eqn.params["pytree_ref_transforms"].unflatten(args[len(flat_types) :])[0]
-    ref, transforms = jaxpr_interpret.resolve_ref(eqn.invars[0].aval, ref, transforms)
-    common = {"token": token, "thread": self.thread, "key": ref, "transforms": transforms}
-    if name == "add_fragments":
-        token = callback.io_callback(
-            add_fragments, gpu_callbacks.TOKEN_SHAPE_DTYPE, **common, value=values[0]
-        )
-        return token, []
-    if name == "store_numbers":
-        value = values[0].T
-        token, _ = gpu_callbacks.call_swap(
-            token=token,
-            result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
-            mesh_location=self.mesh_location,
-            thread=self.thread,
-            allocation_key_as_array=ref,
-            transforms=transforms,
-            val=value,
-            mask=None,
-            source_info=eqn.source_info,
-        )
-        return token, []
-    (aval,) = (var.aval for var in eqn.outvars)
-    if name == "multiply_add":
-        emulation = functools.partial(multiply_add, source_info=eqn.source_info)
-        common |= {"acc": values[0], "a": values[1]}
-    else:
-        assert name == "load_fragments", f"no emulation of {name}"
-        emulation = functools.partial(load_fragments, shape=aval.shape)
-    token, matrix = callback.io_callback(
-        emulation,
-        (gpu_callbacks.TOKEN_SHAPE_DTYPE, jax.ShapeDtypeStruct(aval.shape, aval.dtype)),
-        **common,
-    )
-    return token, [matrix]
 
 
 HANDLERS = {

@@ -74,10 +74,11 @@ def with_gradients(function, arrays, cotangents):
     return *results, *vjp(cotangents)
 
 
-def check(sizes: Sizes, make_mask, dtype, record):
+def check(sizes: Sizes, make_mask, dtype, record, k_factor=1.0):
     mask, allowed = make_mask(sizes)
     with oracle.on_host():
-        arrays = qkv(sizes, dtype)
+        q, k, v = qkv(sizes, dtype)
+        arrays = q, (k * k_factor).astype(dtype), v
         shape = sizes.batch, sizes.q_len, sizes.num_q_heads
         cotangents = (
             normal(5, *shape, sizes.value_dim, dtype=dtype),
@@ -227,6 +228,19 @@ def test_blocks_that_are_no_whole_tiles(block_kv, dims, mask, record_property):
         return dataclasses.replace(config, forward=forward)
 
     check_forward(Sizes(2, 500, 1001, 4, 2, *dims), mask, change, record_property)
+
+
+@pytest.mark.parametrize(
+    ("mask", "dtype"),
+    [("full", jnp.float16), ("causal", jnp.bfloat16)],
+    ids=["full-float16", "causal-bfloat16"],
+)
+@pytest.mark.parametrize("value_dim", [64, 128, 192, 256])
+def test_maxima_that_grow(value_dim, mask, dtype, record_property):
+    """The first keys, which come last, have the largest scores: old sums shrink to nothing."""
+    sizes = Sizes(2, 700, 700, 4, 2, 128, value_dim)
+    growing = np.linspace(12.0, 0.5, sizes.kv_len)[:, None, None]
+    check(sizes, MASKS[mask], dtype, record_property, growing)
 
 
 @pytest.mark.parametrize("dims", [(192, 128), (64, 256), (256, 16), (40, 72), (128, 64)])

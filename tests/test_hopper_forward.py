@@ -100,6 +100,10 @@ CASES = {
         130, 170, 1, 1, 200, 256, mask=pf.Causal(), allowed=causal,
         config={"block_kv": 80, "takes_turns": True},
     ),
+    "value-dim-192-growing-maxima": Case(
+        130, 201, 1, 1, 192, 192, scale=0.3, mask=pf.Causal("bottom_right"),
+        config={"block_kv": 32}, allowed=lambda q, k: k <= q + 201 - 130,
+    ),
     "d192-blocks-of-96": Case(70, 201, 2, 1, 192, 192, config={"block_kv": 96}),
     "d96-blocks-of-48": Case(70, 130, 1, 1, 96, 96, config={"block_kv": 48}),
     "value-dim-32-blocks-of-80-causal": Case(
@@ -127,6 +131,7 @@ QUICK = [
     "causal-and-lengths-gqa",
     "f16-value-dim-192",
     "d256-causal",
+    "value-dim-192-growing-maxima",
     "one-stage",
     "groups-of-heads",
 ]

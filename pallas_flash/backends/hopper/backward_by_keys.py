@@ -40,7 +40,7 @@ from pallas_flash.backends.hopper.backward_storage import (
 )
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
 from pallas_flash.backends.hopper.config import BackwardConfig
-from pallas_flash.backends.hopper.products import add_product, store_transposed
+from pallas_flash.backends.hopper.products import add_product, set_product, store_transposed
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import Columns, load_accumulator, tma_rows
 from pallas_flash.spec import AttentionSpec
@@ -137,16 +137,21 @@ def _step(
     own_place = place._replace(row_start=place.row_start + wg * WG_KEYS)
     queries = pl.ds(0, config.block_q)
     part = scores_part(kernel, own_place, (WG_KEYS, config.block_q), zone)
+    qk, vo = query_columns(kernel.spec, config), value_columns(kernel.spec)
 
     def products(s_acc, dp_acc):
         plgpu.barrier_wait(smem.q_ready.at[q_slot])
         if s_starts:
             start_from(s_acc, smem.lse_log2.at[q_slot, queries])
-        plgpu.wgmma(s_acc, smem.k.at[own], q_smem.transpose((1, 0)))
+            plgpu.wgmma(s_acc, smem.k.at[own], q_smem.transpose((1, 0)))
+        else:
+            set_product(s_acc, smem.k.at[own], q_smem, qk.tile)
         plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
         if dp_starts:
             start_from(dp_acc, smem.delta.at[dout_slot, queries])
-        plgpu.wgmma(dp_acc, smem.v.at[own], dout_smem.transpose((1, 0)))
+            plgpu.wgmma(dp_acc, smem.v.at[own], dout_smem.transpose((1, 0)))
+        else:
+            set_product(dp_acc, smem.v.at[own], dout_smem, vo.tile)
         dq_shape = dq_part(kernel.spec, config)
         dq_acc = accumulator(*(dq_shape[::-1] if config.transposes_dq else dq_shape))
         return pl.run_scoped(partial(gradients, s_acc, dp_acc), dq_acc)
@@ -164,7 +169,7 @@ def _step(
         terms = scores_terms(kernel, t, part, own)
         weights = probabilities(kernel, part, terms, s, lse_log2)
         p = keep(terms, weights.p).astype(kernel.spec.dtype)
-        _add_product(kernel, dv_acc, p, dout_smem, value_columns(kernel.spec))
+        _add_product(kernel, dv_acc, p, dout_smem, vo)
         dp = load_accumulator(dp_acc, wait_n=1)
         delta = None if dp_starts else per_query(smem.delta.at[dout_slot, queries])
         x = weight_factors(part, terms, dp, delta)
@@ -176,7 +181,7 @@ def _step(
             smem.ds.at[ds_slot, own][...] = ds
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
-        _add_product(kernel, dk_acc, ds, q_smem, query_columns(kernel.spec, config))
+        _add_product(kernel, dk_acc, ds, q_smem, qk)
         of_arrays = array_gradients_of(part, terms, s, weights.p, x)
         refs = kernel.gmem.gradients, smem.gradients
         new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)

@@ -102,7 +102,10 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
     is_short = spec.mask is not None and spec.kv_len <= 2048
     # But with a bias, which tiles of more queries share: 0.192 ms for 0.206, 384 x 384 x 4 x 32.
     is_short &= widest > 32 or not reads_matrices(spec)
-    num_warpgroups = 3 if widest <= 64 and not is_short else 2
+    # Three with 96 keys a block beyond head_dim 64: 0.613 ms for 0.725 at 80 full, 0.370 for 0.398
+    # causal, 0.656 for 0.671 at 96 full, but 0.403 for 0.377 causal; 4 x 4096 x 16, H100.
+    widest_of_three = 96 if spec.mask is None else 80
+    num_warpgroups = 3 if widest <= widest_of_three and not is_short else 2
     # A tile of more queries than there are has idle warpgroups.
     num_warpgroups = min(num_warpgroups, -(-spec.q_len // forward_storage.WG_ROWS))
     bytes_per_kv_head = spec.kv_len * (spec.head_dim + spec.value_dim) * spec.dtype.itemsize
@@ -111,12 +114,13 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
     by_group = spec.mask is not None or rows_share_matrices(spec)
     kv_heads = L2_BYTES_PER_GROUP // bytes_per_kv_head if by_group else 0
     # Two warpgroups with equal work find their own rhythm: 683 to 704 TFLOP/s at head_dim 128,
-    # 4 x 4096 full; a causal mask wants turns, 661 for 629, and so does head_dim 64, 532 for 515.
-    # H100, JAX 0.11.2.
+    # 4 x 4096 full; a causal mask wants turns, 661 for 629, and so do three, 532 for 515 at 64.
+    # Beyond 128 none are best: 1.059 ms for 1.107 at 192 full, 0.587 for 0.604 causal. H100, JAX
+    # 0.11.2.
     # Dropout, with more to do for each score, does without: 0.529 ms for 0.537, 4 x 4096 causal.
     is_even = spec.mask is None or spec.dropout is not None
-    finds_rhythm = is_even and 64 < widest <= 128
-    takes_turns = num_warpgroups > 1 and widest <= 192 and not finds_rhythm
+    finds_rhythm = is_even and num_warpgroups == 2 and widest > 64
+    takes_turns = num_warpgroups > 1 and widest <= 128 and not finds_rhythm
     most_keys = 128 if widest <= 128 else 96 if widest <= 192 else 64
     # The next queries on their way for a whole tile: +5% and +4% at 32 x 512 x 32 x 64 full and
     # causal, +3% at 32 x 512 x 16 x 128, but -2% at 8 x 2048 x 16 x 128 full. H100, JAX 0.11.2.

@@ -14,10 +14,10 @@ from pallas_flash.backends import tile as meaning
 from pallas_flash.backends.hopper import copies, masking
 from pallas_flash.backends.hopper.elementwise import written_out_scaled
 from pallas_flash.backends.hopper.forward_kernel import Kernel, place_of
-from pallas_flash.backends.hopper.forward_storage import WG_ROWS, value_columns
+from pallas_flash.backends.hopper.forward_storage import WG_ROWS, query_columns, value_columns
 from pallas_flash.backends.hopper.forward_walk import Tile, first_tile, for_each_tile
 from pallas_flash.backends.hopper.leaves import Terms
-from pallas_flash.backends.hopper.products import add_product
+from pallas_flash.backends.hopper.products import add_product, scaled_rows, set_product
 from pallas_flash.backends.hopper.scores import Part, Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import (
     LN_2,
@@ -29,12 +29,17 @@ from pallas_flash.backends.hopper.storage import (
 )
 from pallas_flash.backends.hopper.tile_arrays import read_rows
 
+# How far scores in base 2 may exceed the number that they are taken less, where the accumulator is
+# rescaled rarely: P is 256 at most then.
+SLACK = 8.0
+
 
 class State(NamedTuple):
     """Running state of 64 queries: m_log2 [64] and l float32, p [64, block_kv] in q's dtype.
 
-    l: [64], or [64, 8] sums over every eighth key (`_sums`). p are the probabilities of the last
-    key block, not yet multiplied with V.
+    m_log2: the maximum of all scores, or a number that they exceed by `SLACK` at most. l: [64], or
+    [64, 8] sums over every eighth key (`_sums`). p are the probabilities of the last key block, not
+    yet multiplied with V.
     """
 
     m_log2: Any
@@ -154,7 +159,7 @@ def _first_step(kernel: Kernel, wg: Any, q: Any, t: Any, part: Part) -> State:
     def product(s_acc):
         plgpu.barrier_wait(smem.k_ready.at[stage])
         _take_turn(kernel, wg)
-        plgpu.wgmma(s_acc, q, smem.k.at[stage].transpose((1, 0)))
+        set_product(s_acc, q, smem.k.at[stage], query_columns(kernel.spec).tile)
         _pass_turn(kernel, wg)
         s = load_accumulator(s_acc, wait_n=0)
         terms = _terms(kernel, wg, stage, part)
@@ -175,7 +180,7 @@ def _step(kernel: Kernel, wg: Any, q: Any, t: Any, state: State, acc: Any, part:
     def products(s_acc):
         plgpu.barrier_wait(smem.k_ready.at[k_stage])
         _take_turn(kernel, wg)
-        plgpu.wgmma(s_acc, q, smem.k.at[k_stage].transpose((1, 0)))
+        set_product(s_acc, q, smem.k.at[k_stage], query_columns(kernel.spec).tile)
         plgpu.barrier_wait(smem.v_ready.at[v_stage])
         _add_product(kernel, acc, state.p, smem.v.at[v_stage])
         _pass_turn(kernel, wg)
@@ -184,12 +189,25 @@ def _step(kernel: Kernel, wg: Any, q: Any, t: Any, state: State, acc: Any, part:
         new, alpha = _softmax(kernel, s, state, part, terms)
         out = load_accumulator(acc, wait_n=0)
         plgpu.barrier_arrive(smem.v_free.at[v_stage])
-        acc[...] = out * widen_rows(alpha, out.shape) if kernel.needs_maximum else out
         # Cast behind the wait: the product still read the registers of the last P, and ptxas would
         # serialise all products (its warning C7513).
-        return new._replace(p=new.p.astype(kernel.spec.dtype))
+        p = new.p.astype(kernel.spec.dtype)
+        if kernel.rescales_rarely:
+            # Ahead of the branch, where the exponentials leave room for it.
+            p = lax.optimization_barrier(p)
+        acc[...] = _rescaled(kernel, out, alpha)
+        return new._replace(p=p)
 
     return pl.run_scoped(products, plgpu.ACC((WG_ROWS, smem.k.shape[1]), jnp.float32))
+
+
+def _rescaled(kernel: Kernel, out: Any, alpha: Any) -> Any:
+    """The accumulator [64, value_dim], its rows times alpha [64], None for 1."""
+    if not kernel.needs_maximum:
+        return out
+    if kernel.rescales_rarely:
+        return scaled_rows(out, alpha)
+    return out * widen_rows(alpha, out.shape)
 
 
 def _add_product(kernel: Kernel, acc: Any, p: Any, v_smem: Any) -> None:
@@ -217,7 +235,11 @@ def _softmax(kernel: Kernel, s: Any, state: State, part: Part, terms: Terms) -> 
         p = jnp.exp2(s * to_log2)
         l = state.l + _sums(kernel, p)  # noqa: E741
         return lax.optimization_barrier((State(state.m_log2, l, keep(terms, p)), None))
-    m_log2 = jnp.maximum(state.m_log2, s.max(axis=1) * to_log2)
+    m_log2 = s.max(axis=1) * to_log2
+    if kernel.rescales_rarely:
+        m_log2 = jnp.where(m_log2 > state.m_log2 + SLACK, m_log2, state.m_log2)
+    else:
+        m_log2 = jnp.maximum(state.m_log2, m_log2)
     shift = m_log2
     if part.is_masked or kernel.spec.score_mod is not None:
         # A row that has met no key yet: -inf - -inf would be NaN.

@@ -1,21 +1,29 @@
-"""What products over a number of queries or keys that is no multiple of 64 need beside Pallas'."""
+"""Products that Pallas does not offer: that set their result, and over any number of rows."""
 
+import functools
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import mma_utils
-from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT_ACC_32BIT, FragmentedArray
+from jax.experimental.mosaic.gpu.fragmented_array import (
+    WGMMA_LAYOUT,
+    WGMMA_LAYOUT_ACC_32BIT,
+    FragmentedArray,
+)
 from jax.experimental.mosaic.gpu.utils import memref_transpose
 from jax.experimental.mosaic.gpu.wgmma import wgmma_fence, wgmma_m64
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, nvvm
+from jaxlib.mlir.dialects import arith, llvm, nvvm, scf, vector
 
-from pallas_flash.backends.hopper.storage import MATRIX, TMA_ROWS
+from pallas_flash.backends.hopper.storage import MATRIX, PER_ROW, TMA_ROWS
 
 # Rows of a right operand that one instruction takes, and their bytes along its left one.
 STEP, STEP_BYTES = 16, 32
+# Rows of a left operand that one instruction takes.
+INSTRUCTION_ROWS = 64
 # Columns of the widest swizzle tile of float32.
 F32_TILE = 32
 
@@ -25,6 +33,94 @@ def _in_tiles(dtype: Any, columns: int) -> tuple[plgpu.RefType, int]:
     swizzle = columns * jnp.dtype(dtype).itemsize
     tiling = plgpu.TilingTransform((TMA_ROWS, columns))
     return plgpu.RefType((tiling, plgpu.SwizzleTransform(swizzle))), swizzle
+
+
+def set_product(acc: Any, a_smem: Any, b_smem: Any, tile: int) -> None:
+    """Issues ``acc = a @ b.T``, whatever `acc` holds.
+
+    `plgpu.wgmma` adds. For that Mosaic GPU first sets the accumulator to 0 by instructions of its
+    own, one for every two numbers of a thread, between a product and the wait for its operands.
+
+    a_smem: 16-bit numbers [64, k]; b_smem: [rows, k], at most 256 rows; both in swizzle tiles of
+    `tile` columns.
+    """
+    rows, columns = acc.shape
+    if rows != INSTRUCTION_ROWS:
+        raise ValueError(f"{acc.shape=} must have {INSTRUCTION_ROWS} rows")
+    operand, swizzle = _in_tiles(a_smem.dtype, tile)
+    result = plgpu.ShapeDtypeStruct(acc.shape, jnp.dtype(jnp.float32), layout=MATRIX)
+    num_steps = a_smem.shape[1] // STEP
+
+    @plgpu.inline_mgpu(arg_types=(operand, operand), return_type=result)
+    def multiply(_, a, b):
+        (a_start, (_, (a_step,))), (_, a_group), _ = mma_utils.create_descriptor(
+            a, swizzle=swizzle, group_size=(rows, tile), logical_k_major=False
+        )
+        (b_start, (_, (b_step,))), (_, b_group), _ = mma_utils.create_descriptor(
+            memref_transpose(b, (1, 0, 3, 2)),
+            swizzle=swizzle,
+            group_size=(tile, columns),
+            logical_k_major=True,
+        )
+        element = ir.MemRefType(a.type).element_type
+        shape = WGMMA_LAYOUT_ACC_32BIT.registers_shape((rows, columns))
+        nvvm.wgmma_fence_aligned()
+        for i in range(num_steps):
+            group, step = divmod(i, tile // STEP)
+            starts = (
+                _moved(a_start, group * a_group + step * a_step),
+                _moved(b_start, group * b_group + step * b_step),
+            )
+            if i == 0:
+                numbers = _first_instruction(*starts, columns, element).reshape(shape)
+                continue
+            numbers = wgmma_m64(
+                numbers,
+                *starts,
+                a_transpose=False,
+                b_transpose=False,
+                a_k_stride=a_step,
+                b_k_stride=b_step,
+                n=columns,
+                # Of the left operand's part: one instruction.
+                swizzle=STEP_BYTES,
+                a_element_type=element,
+                b_element_type=element,
+            )
+        nvvm.wgmma_commit_group_sync_aligned()
+        return FragmentedArray(
+            _registers=numbers, _layout=WGMMA_LAYOUT_ACC_32BIT, _is_signed=None
+        ).to_layout(WGMMA_LAYOUT)
+
+    acc[...] = multiply(a_smem, b_smem)
+
+
+def _moved(descriptor: Any, offset: int) -> Any:
+    """The descriptor of an operand that begins so many bytes further on."""
+    i64 = ir.IntegerType.get_signless(64)
+    return arith.addi(descriptor, mgpu.c(mma_utils.encode_addr(offset), i64))
+
+
+def _first_instruction(a_descriptor: Any, b_descriptor: Any, columns: int, element: Any) -> Any:
+    """The registers of ``a @ b.T`` over `STEP` columns: p is false, so nothing is added to it."""
+    count = columns // 2
+    numbers = ", ".join(f"${i}" for i in range(count))
+    ptx = (
+        "{ .reg .pred p; setp.ne.b32 p, 0, 0; wgmma.mma_async.sync.aligned."
+        f"m{INSTRUCTION_ROWS}n{columns}k{STEP}.f32.{element}.{element} "
+        f"{{{numbers}}}, ${count}, ${count + 1}, p, 1, 1, 0, 0; }}"
+    )
+    number = ir.VectorType.get((1,), ir.F32Type.get())
+    found = llvm.inline_asm(
+        llvm.StructType.get_literal([number] * count),
+        [a_descriptor, b_descriptor],
+        ptx,
+        ",".join(["=f"] * count + ["l", "l"]),
+        has_side_effects=True,
+        asm_dialect=0,
+    )
+    registers = [llvm.extractvalue(number, found, [i]) for i in range(count)]
+    return np.array(registers, dtype=object)
 
 
 def add_product(acc: Any, a: Any, b_smem: Any, tile: int) -> None:
@@ -44,13 +140,11 @@ def add_product(acc: Any, a: Any, b_smem: Any, tile: int) -> None:
         )
         layout, acc = acc.layout, acc.to_layout(WGMMA_LAYOUT_ACC_32BIT)
         a, numbers = wgmma_fence(a), acc.registers
-        i64 = ir.IntegerType.get_signless(64)
         for i in range(a.shape[1] // STEP):
-            offset = mgpu.c(mma_utils.encode_addr(i * b_step), i64)
             numbers = wgmma_m64(
                 numbers,
                 a[:, i * STEP : (i + 1) * STEP],
-                arith.addi(b_start, offset),
+                _moved(b_start, i * b_step),
                 a_transpose=None,
                 b_transpose=True,
                 a_k_stride=None,
@@ -82,3 +176,31 @@ def store_transposed(target_smem: Any, x: Any) -> None:
         numbers.store_tiled(memref_transpose(target, (1, 0, 3, 2)), swizzle)
 
     store_numbers(target_smem, x)
+
+
+def scaled_rows(x: Any, factor: Any) -> Any:
+    """x [64, columns] float32 with each row times its factor [64], by those warps that need it.
+
+    A warp of whose 16 rows all have a factor of 1 does nothing.
+    """
+    result = plgpu.ShapeDtypeStruct(x.shape, jnp.dtype(jnp.float32), layout=MATRIX)
+
+    @plgpu.inline_mgpu(arg_types=(MATRIX, PER_ROW), return_type=result)
+    def scale_where_needed(_, x, factor):
+        f32, i32 = ir.F32Type.get(), ir.IntegerType.get_signless(32)
+        own = (vector.extract(each, [], [0]) for each in factor.registers.flat)
+        differs = (arith.cmpf(arith.CmpFPredicate.UNE, each, mgpu.c(1.0, f32)) for each in own)
+        is_needed = functools.reduce(arith.ori, differs)
+        is_needed = nvvm.vote_sync(mgpu.c(0xFFFFFFFF, i32), is_needed, nvvm.VoteSyncKind.any)
+        registers = list(x.registers.flat)
+        types = [each.type for each in registers]
+        branch = scf.IfOp(is_needed, types, has_else=True)  # type: ignore[call-arg]
+        with ir.InsertionPoint(branch.then_block):
+            scaled = x * factor.broadcast_in_dim(x.shape, (0,), x.layout)
+            scf.yield_(list(scaled.registers.flat))
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(registers)
+        results = np.array(list(branch.results), dtype=object).reshape(x.registers.shape)
+        return FragmentedArray(_registers=results, _layout=x.layout, _is_signed=None)
+
+    return scale_where_needed(x, factor)
