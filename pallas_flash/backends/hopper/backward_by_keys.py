@@ -20,6 +20,8 @@ from pallas_flash.backends.hopper.backward_scores import (
     accumulator,
     array_gradients_of,
     free_stages,
+    kept,
+    marked,
     per_query,
     probabilities,
     scores_part,
@@ -41,7 +43,7 @@ from pallas_flash.backends.hopper.backward_storage import (
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.products import add_product, set_product, store_transposed
-from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
+from pallas_flash.backends.hopper.scores import Zone, dropout_factor
 from pallas_flash.backends.hopper.storage import Columns, load_accumulator, tma_rows
 from pallas_flash.spec import AttentionSpec
 
@@ -123,7 +125,8 @@ def _step(
     dk_acc, dv_acc = accs
     s_starts = s_starts_from_rows(kernel.spec, config)
     dp_starts = dp_starts_from_rows(kernel.spec, config)
-    if dp_starts and config.block_q != 128 and dk_acc.shape[1] > 64:
+    has_room = not dp_starts and kernel.spec.dropout is None
+    if not has_room and config.block_q != 128 and dk_acc.shape[1] > 64:
         # Seemingly another one in every step: else ptxas keeps the places of all operands in
         # registers, which are few, and spills 170 bytes. With 128 queries, or up to head_dim 64, it
         # spills less as well, but is slower: 1.427 ms for 1.402, 4 x 4096 x 32 x 64 causal, 2.111
@@ -167,12 +170,13 @@ def _step(
         if config.block_q != 64:
             lse_log2 = lse_log2_of_tile()
         terms = scores_terms(kernel, t, part, own)
-        weights = probabilities(kernel, part, terms, s, lse_log2)
-        p = keep(terms, weights.p).astype(kernel.spec.dtype)
+        weights = marked(terms, probabilities(kernel, part, terms, s, lse_log2))
+        p = kept(terms, weights.p).astype(kernel.spec.dtype)
         _add_product(kernel, dv_acc, p, dout_smem, vo)
         dp = load_accumulator(dp_acc, wait_n=1)
         delta = None if dp_starts else per_query(smem.delta.at[dout_slot, queries])
-        x = weight_factors(part, terms, dp, delta)
+        are_kept = weights.p >= 0.0 if kernel.spec.dropout is not None else None
+        x = weight_factors(kernel.spec, are_kept, dp, delta)
         # 0 where P is, since dP is finite there (`scrub`). Without the scale.
         ds = (weights.scores * x).astype(kernel.spec.dtype)
         if config.transposes_dq:
@@ -182,7 +186,7 @@ def _step(
         plgpu.commit_smem()
         plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
         _add_product(kernel, dk_acc, ds, q_smem, qk)
-        of_arrays = array_gradients_of(part, terms, s, weights.p, x)
+        of_arrays = array_gradients_of(part, terms, s, jnp.abs(weights.p), x)
         refs = kernel.gmem.gradients, smem.gradients
         new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)
         # Early, as they come from memory.

@@ -35,7 +35,7 @@ from pallas_flash.backends.hopper.backward_storage import (
     hands_p_over,
 )
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile, for_each_q_tile_alike
-from pallas_flash.backends.hopper.scores import Zone, dropout_factor, keep
+from pallas_flash.backends.hopper.scores import Zone, dropout_factor, is_kept, keep
 from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator
 
 
@@ -171,12 +171,13 @@ def _dk_step(
         if not computes_p:
             weight = plgpu.load(smem.p.at[slot], layout=MATRIX).astype(delta.dtype)
             dp = load_accumulator(dp_acc, wait_n=0)
-            return (weight * weight_factors(part, terms, dp, delta)).astype(dtype), sums
+            x = weight_factors(kernel.spec, is_kept(terms, shape), dp, delta)
+            return (weight * x).astype(dtype), sums
         scores = accumulator(config.block_kv, config.block_q)
         s, weights = pl.run_scoped(partial(_own_weights, kernel, q_slot, part, terms), scores)
         # Awaited with the scores.
         dp = load_accumulator(dp_acc, wait_n=0)
-        x = weight_factors(part, terms, dp, delta)
+        x = weight_factors(kernel.spec, is_kept(terms, shape), dp, delta)
         of_arrays = array_gradients_of(part, terms, s, weights.p, x)
         refs = kernel.gmem.gradients, smem.gradients
         added = array_gradients.add(kernel.tiling, *refs, q_head * 0, place, of_arrays, sums)

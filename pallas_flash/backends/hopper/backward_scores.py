@@ -17,11 +17,12 @@ from pallas_flash.backends.hopper.scores import (
     Zone,
     dropout_factor,
     gradients_of_arrays,
-    keep,
+    is_kept,
     with_weights,
 )
 from pallas_flash.backends.hopper.storage import LOG2_E, MATRIX, PER_COLUMN, zero_matrix
 from pallas_flash.backends.hopper.tile_arrays import Place, read_rows
+from pallas_flash.spec import AttentionSpec
 from pallas_flash.terms import KV
 
 
@@ -108,14 +109,35 @@ def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: An
     return Weights(*written_out(all_of_it)(terms.score_mod, s, *part.positions()))
 
 
-def weight_factors(part: Part, terms: Terms, dp: Any, delta: Any) -> Any:
+def marked(terms: Terms, weights: Weights) -> Weights:
+    """The weights, with -P for P where dropout drops it.
+
+    P is in registers until dP is there anyway; of the choices themselves ptxas would keep bits,
+    in 5 operations a score.
+    """
+    if terms.dropout is None:
+        return weights
+    p = jnp.where(is_kept(terms, weights.p.shape), weights.p, -weights.p)
+    p = lax.optimization_barrier(p)
+    return Weights(p, jnp.abs(p) if terms.score_mod is None else weights.scores)
+
+
+def kept(terms: Terms, p: Any) -> Any:
+    """P from `marked`, but 0 where dropout drops."""
+    return p if terms.dropout is None else jnp.maximum(p, 0.0)
+
+
+def weight_factors(spec: AttentionSpec, are_kept: Any, dp: Any, delta: Any) -> Any:
     """What P is multiplied with in the gradient of the logits: dP, after dropout, less delta.
 
-    delta is None where dp contains it.
+    are_kept: what dropout keeps, if there is any; it asks for delta, which else is None where dp
+    contains it.
     """
-    kept, spec = keep(terms, dp), part.tiling.spec
-    kept = kept if spec.dropout is None else kept * dropout_factor(spec)
-    return kept if delta is None else kept - lax.broadcast_in_dim(delta, dp.shape, [1])
+    if delta is not None:
+        delta = lax.broadcast_in_dim(delta, dp.shape, [1])
+    if spec.dropout is not None:
+        return jnp.where(are_kept, dp * dropout_factor(spec) - delta, -delta)
+    return dp if delta is None else dp - delta
 
 
 def array_gradients_of(part: Part, terms: Terms, s: Any, p: Any, x: Any) -> list[Any]:

@@ -47,6 +47,8 @@ _REWRITTEN: dict[str, Callable[..., Any]] = {
     "integer_pow": _integer_pow,
     "is_finite": lambda x: jnp.abs(x) < jnp.inf,
     "not": _not,
+    # Two operations for the three of (1 + x) (1 - x).
+    "one_minus_square": lambda x, **_: 1 - x * x,
     "select_n": _select_n,
 }
 # What both lowerings of Mosaic GPU have, elementwise, from JAX 0.11.2 on.
@@ -88,7 +90,9 @@ def _is_scaled(x: Any) -> bool:
 
 
 def _multiplied(x: _Scaled) -> Any:
-    return x.value if x.factor == 1.0 else x.value * x.factor
+    # A number and its inverse, each rounded, come to 1 when they are rounded together.
+    is_one = x.factor == 1.0 or jnp.dtype(x.value.dtype).type(x.factor) == 1
+    return x.value if is_one else x.value * x.factor
 
 
 def _results(function: Callable[..., Any], args: Any, keywords: Any) -> Any:
@@ -121,18 +125,33 @@ def _write(program: Any, consts: Any, args: list[_Scaled]) -> list[_Scaled]:
 
 
 def _scaled(equation: Any, inputs: list[_Scaled]) -> _Scaled | None:
-    """The product of a float array with a number known when it is traced, or None if it is not."""
+    """The product of float arrays, or None if it is not one or no factor comes with it.
+
+    Of an array with a number known when it is traced, or of arrays that are still to be multiplied
+    with one.
+    """
     if equation.primitive.name not in ("mul", "div"):
         return None
     numbers = [_number(variable) for variable in equation.invars]
     if not jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating):
         return None
+    if numbers == [None, None]:
+        return _product(equation, *inputs)
     if equation.primitive.name == "div":
         array, number = inputs[0], numbers[1]
         number = None if not number else 1.0 / number
     else:
         array, number = (inputs[0], numbers[1]) if numbers[0] is None else (inputs[1], numbers[0])
     return None if number is None else array._replace(factor=array.factor * number)
+
+
+def _product(equation: Any, a: _Scaled, b: _Scaled) -> _Scaled | None:
+    """The product or quotient of two arrays with their factors, or None where both have 1."""
+    if a.factor == b.factor == 1.0 or b.factor == 0.0:
+        return None
+    (value,) = _bound(equation, [a.value, b.value])
+    is_quotient = equation.primitive.name == "div"
+    return _Scaled(value, a.factor / b.factor if is_quotient else a.factor * b.factor)
 
 
 def _number(variable: Any) -> float | None:

@@ -130,12 +130,15 @@ class Part:
         return jax.tree.unflatten(jax.tree.structure(self.tiling.spec.mask), arrays)
 
 
-def keep(terms: Terms, p: Any) -> Any:
-    """Probabilities, or their gradients, with zeros where dropout drops them, not rescaled."""
-    if terms.dropout is None:
-        return p
+def is_kept(terms: Terms, shape: tuple[int, int]) -> Any:
+    """Which probabilities dropout keeps, or None without it."""
     # A number where there is one query and one key.
-    return jnp.where(jnp.broadcast_to(terms.dropout.keep(), p.shape), p, 0.0)
+    return None if terms.dropout is None else jnp.broadcast_to(terms.dropout.keep(), shape)
+
+
+def keep(terms: Terms, p: Any) -> Any:
+    """Probabilities with zeros where dropout drops them, not rescaled."""
+    return p if terms.dropout is None else jnp.where(is_kept(terms, p.shape), p, 0.0)
 
 
 def dropout_factor(spec: AttentionSpec) -> float:
