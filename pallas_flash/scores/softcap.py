@@ -12,6 +12,8 @@ from pallas_flash.terms import term
 class Softcap(ScoreMod):
     """``cap * tanh(s / cap)``.
 
+    On a GPU tanh is the hardware's, with a relative error of up to 2**-11 (PTX ISA, tanh.approx).
+
     Args:
       cap: bound of the scores' absolute value, a positive finite number.
 
