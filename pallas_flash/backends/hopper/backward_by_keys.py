@@ -125,8 +125,8 @@ def _step(
     dk_acc, dv_acc = accs
     s_starts = s_starts_from_rows(kernel.spec, config)
     dp_starts = dp_starts_from_rows(kernel.spec, config)
-    has_room = not dp_starts and kernel.spec.dropout is None
-    if not has_room and config.block_q != 128 and dk_acc.shape[1] > 64:
+    is_tight = dp_starts or kernel.spec.dropout is not None
+    if is_tight and config.block_q != 128 and dk_acc.shape[1] > 64:
         # Seemingly another one in every step: else ptxas keeps the places of all operands in
         # registers, which are few, and spills 170 bytes. With 128 queries, or up to head_dim 64, it
         # spills less as well, but is slower: 1.427 ms for 1.402, 4 x 4096 x 32 x 64 causal, 2.111
