@@ -14,7 +14,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash.backends.hopper import array_gradients, copies, dq_fixed_point
+from pallas_flash.backends.hopper import (
+    array_gradients,
+    backward_dq,
+    backward_overlapped,
+    copies,
+    dq_fixed_point,
+)
 from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
 from pallas_flash.backends.hopper.backward_scores import (
     accumulator,
@@ -36,13 +42,14 @@ from pallas_flash.backends.hopper.backward_storage import (
     WG_KEYS,
     dp_starts_from_rows,
     dq_part,
+    overlaps_steps,
     query_columns,
     s_starts_from_rows,
     value_columns,
 )
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
 from pallas_flash.backends.hopper.config import BackwardConfig
-from pallas_flash.backends.hopper.products import add_product, set_product, store_transposed
+from pallas_flash.backends.hopper.products import add_product, set_product
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor
 from pallas_flash.backends.hopper.storage import Columns, load_accumulator, tma_rows
 from pallas_flash.spec import AttentionSpec
@@ -77,6 +84,9 @@ def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
         scrub(v.whole)
 
     def all_tiles(accs):
+        if overlaps_steps(kernel.spec, kernel.config):
+            backward_overlapped.all_tiles(kernel, wg, accs)
+            return
         step = partial(_step, kernel, wg, accs)
         no_sums = array_gradients.no_sums(kernel.spec, WG_KEYS)
         for_each_q_tile(kernel, step, no_sums, partial(_end_of_head, kernel, wg))
@@ -190,14 +200,14 @@ def _step(
         refs = kernel.gmem.gradients, smem.gradients
         new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)
         # Early, as they come from memory.
-        factors = _dq_factors(kernel, wg, q_head, q_tile, dq_acc.shape)
+        factors = backward_dq.factors(kernel, wg, q_head, q_tile, dq_acc.shape)
         plgpu.barrier_wait(smem.ds_ready.at[ds_slot])
-        _dq_product(kernel, wg, smem.ds.at[ds_slot], dq_acc)
+        backward_dq.product(kernel, wg, smem.ds.at[ds_slot], dq_acc)
         # Everything is awaited here: with products left in flight across the step ptxas runs out
         # of registers and serialises them all (its warning C7512).
         dq = load_accumulator(dq_acc, wait_n=0)
         free_stages(kernel, t)
-        _add_dq(kernel, wg, q_head, q_tile, dq_fixed_point.as_added(dq, factors))
+        backward_dq.add(kernel, wg, q_head, q_tile, dq_fixed_point.as_added(dq, factors))
         return new_sums
 
     scores = accumulator(WG_KEYS, config.block_q)
@@ -210,55 +220,3 @@ def _add_product(kernel: Kernel, acc: Any, a: Any, b_smem: Any, columns: Columns
         add_product(acc, a, b_smem, columns.tile)
     else:
         plgpu.wgmma(acc, a, b_smem)
-
-
-def _dq_product(kernel: Kernel, wg: Any, ds_smem: Any, dq_acc: Any) -> None:
-    """dQ = dS K over the keys of both warpgroups: half the columns, or half the rows.
-
-    Or half the rows of dQ^T = K^T dS^T.
-    """
-    rows, columns = dq_acc.shape
-    if kernel.config.transposes_dq:
-        part = kernel.smem.k.at[:, pl.ds(wg * rows, rows)]
-        plgpu.wgmma(dq_acc, part.transpose((1, 0)), ds_smem.transpose((1, 0)))
-    elif kernel.config.splits_dq_columns:
-        part = kernel.smem.k.at[:, pl.ds(wg * columns, columns)]
-        plgpu.wgmma(dq_acc, ds_smem.transpose((1, 0)), part)
-    else:
-        part = ds_smem.at[:, pl.ds(wg * rows, rows)]
-        plgpu.wgmma(dq_acc, part.transpose((1, 0)), kernel.smem.k)
-
-
-def _dq_start(kernel: Kernel, wg: Any, q_tile: Any, shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """The first row and column of this warpgroup's part of a dQ tile."""
-    row, column = q_tile * kernel.config.block_q, q_tile * 0
-    if kernel.config.splits_dq_columns:
-        return row, wg * shape[1]
-    return row + wg * shape[0], column
-
-
-def _dq_factors(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, shape: tuple[int, ...]) -> Any:
-    """Of its rows in fixed point, or None."""
-    if not kernel.spec.deterministic:
-        return None
-    row, _ = _dq_start(kernel, wg, q_tile, shape)
-    return dq_fixed_point.read_factors(kernel, q_head, row, shape[0])
-
-
-def _add_dq(kernel: Kernel, wg: Any, q_head: Any, q_tile: Any, dq: Any) -> None:
-    """Adds this warpgroup's part of a dQ tile to memory, asynchronously."""
-    staging_smem = kernel.smem.dq.at[wg]
-    num_rows, num_columns = staging_smem.shape
-    row, column = _dq_start(kernel, wg, q_tile, staging_smem.shape)
-    # The add before has read the buffer. Later adds of the arrays' gradients may still read theirs;
-    # but not every tile has these where some are near and some are not.
-    later = 0 if kernel.near is not None else len(kernel.smem.gradients.matrices)
-    plgpu.wait_smem_to_gmem(later, wait_read_only=True)
-    if kernel.config.transposes_dq:
-        store_transposed(staging_smem, dq)
-    else:
-        staging_smem[...] = dq
-    plgpu.commit_smem()
-    rows, columns = pl.ds(row, num_rows), pl.ds(column, num_columns)
-    part_gmem = kernel.gmem.dq_sum.at[kernel.block.batch, rows, q_head, columns]
-    plgpu.copy_smem_to_gmem(staging_smem, part_gmem, reduction_op="add")
