@@ -20,7 +20,9 @@ from pallas_flash.backends.hopper import (
     array_gradients,
     backward_by_keys,
     backward_by_roles,
+    backward_dq,
     backward_load,
+    backward_overlapped,
     backward_scores,
     default_config,
     dq_fragments,
@@ -109,6 +111,14 @@ CASES = {
     "d64-one-stage-dq-by-columns": Case(
         150, 100, 1, 1, 64, 64, config=BackwardConfig(64, 128, 1, 1, 3)
     ),
+    "overlapped-d128": Case(328, 100, 1, 1, 128, 128),
+    "overlapped-d128-gqa-causal": Case(
+        200, 200, 2, 1, 128, 128, batch=2, mask=pf.Causal(), allowed=causal
+    ),
+    "overlapped-f16-d104-value-dim-40-lengths": Case(
+        72, 130, 1, 1, 104, 40, dtype=jnp.float16, mask=pf.KvLengths(lengths(70)),
+        allowed=lambda q, k: k < below(70),
+    ),
     "80-queries-d128": Case(328, 104, 1, 1, 128, 128, config=BackwardConfig(80, 128, 2, 2, 1)),
     "80-queries-d128-value-dim-80-gqa-causal": Case(
         250, 130, 2, 1, 128, 80, mask=pf.Causal(), allowed=causal,
@@ -129,12 +139,14 @@ QUICK = [
     "causal-and-lengths-gqa",
     "f16-value-dim-192",
     "d200-lengths",
+    "overlapped-d128-gqa-causal",
     "d64-one-stage-dq-by-columns",
 ]
 
 # Queries or keys without partner, some of them in a block that is visited.
 WITH_PADDING = ["causal-and-lengths-gqa", "d200-lengths", "more-keys-d80-causal"]
 WITH_PADDING += ["not-causal-square", "96-queries-d120-lengths"]
+WITH_PADDING += ["overlapped-f16-d104-value-dim-40-lengths"]
 
 
 class Problem(NamedTuple):
@@ -279,6 +291,8 @@ MODULES = {
     "backward_scores": backward_scores,
     "backward_by_keys": backward_by_keys,
     "backward_by_roles": backward_by_roles,
+    "backward_dq": backward_dq,
+    "backward_overlapped": backward_overlapped,
     "dq_fragments": dq_fragments,
 }
 GUARDS = ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
@@ -329,31 +343,34 @@ class OfHeads(pf.Mask):
 
 
 @functools.cache
-def mutation_problem(block_kv: int, function: str = "") -> Problem:
+def mutation_problem(block_kv: int, module: str = "", function: str = "") -> Problem:
     """One block that reuses its stages and scrubs its keys, without oracle.
 
-    function: the one that is mutated; it may be there for bands of near tiles alone.
+    module, function: what is mutated; it may be there for bands of near tiles alone.
     """
     config = BackwardConfig(64, block_kv, 2, 1, 2)
-    q, k = jnp.ones((1, 300, 3, 32), jnp.bfloat16), jnp.ones((1, 60, 1, 32), jnp.bfloat16)
-    of_scores = jnp.ones((1, 1, 300, 60))
+    q_len, dim = (296, 128) if module == "backward_overlapped" else (300, 32)
+    q, k = jnp.ones((1, q_len, 3, dim), jnp.bfloat16), jnp.ones((1, 60, 1, dim), jnp.bfloat16)
+    of_scores = jnp.ones((1, 1, q_len, 60))
     mask = pf.KvLengths(lengths(50)) & pf.DenseMask(of_scores > 0) & OfHeads(lengths(1, 0, 0)[None])
     mods = (pf.Bias(of_scores), pf.Bias(of_scores[:, :, :1]), pf.Bias(of_scores))
     mod = pf.Chain(mods)
     if function in ("_load_near", "scores_terms"):
-        mod = pf.RelativeBias(jnp.ones((1, 8)), max_distance=40).bind(300, 60)
+        mod = pf.RelativeBias(jnp.ones((1, 8)), max_distance=40).bind(q_len, 60)
         # Or the producer waits for the end of the step before.
         config = dataclasses.replace(config, num_dout_stages=2)
-    if function == "_add_dq":
+    if module in ("backward_dq", "backward_overlapped"):
         # The gradients of matrices wait for dQ, too.
         mod = None
     operands = Operands(q, k, k, mask, mod)
-    row = jnp.ones((1, 3, 300), jnp.float32)
+    row = jnp.ones((1, 3, q_len), jnp.float32)
     spec = AttentionSpec.of(operands, 0.1)
     return Problem(spec, with_backward(spec, config), operands, (row, row, q), None, None)
 
 
-@pytest.mark.parametrize("of", [(64,), (128,), (128, "_load_near")], ids=str)
+@pytest.mark.parametrize(
+    "of", [(64,), (128,), (128, "", "_load_near"), (128, "backward_overlapped")], ids=str
+)
 def test_the_kernel_that_is_mutated_below_has_no_races(of):
     assert not interpret(mutation_problem(*of))[1]
 
@@ -362,7 +379,7 @@ def test_the_kernel_that_is_mutated_below_has_no_races(of):
 @pytest.mark.parametrize(("module", "function", "guard", "line"), list(guards()))
 def test_a_missing_wait_or_fence_is_caught(monkeypatch, module, function, guard, line):
     of_roles = module in ("backward_by_roles", "dq_fragments")
-    p = mutation_problem(64 if of_roles else 128, function)
+    p = mutation_problem(64 if of_roles else 128, module, function)
     monkeypatch.setattr(MODULES[module], "plgpu", Without(guard, line))
     assert is_caught(interpretable(p), p.operands, *p.residuals)
 

@@ -22,6 +22,7 @@ from pallas_flash.backends.hopper import (
     dq_fragments,
 )
 from pallas_flash.spec import AttentionSpec, Operands, make_request
+from pallas_flash.tuning import table
 from term_cases import KEY, SCORES, Case, attention, inputs
 
 pytestmark = pytest.mark.usefixtures("shim")
@@ -266,6 +267,7 @@ def test_gradients_that_are_not_deterministic_are_refused(name):
 def test_the_fallback_is_told_once(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(dispatch, "wrong_gpu", lambda b: None)
+    monkeypatch.setattr(table, "_device_kind", lambda: None)
     mod = pf.Bias(jnp.ones((32, 32)))
     with pytest.warns(UserWarning, match=f"'blockwise', which is slower.*{ANY_ORDER}"):
         pf.flash_attention(Q, K, V, score_mod=mod, deterministic=True)

@@ -17,22 +17,17 @@ from pallas_flash.backends.hopper import backward_dq, dq_fixed_point
 from pallas_flash.backends.hopper.backward_kernel import Kernel, stage
 from pallas_flash.backends.hopper.backward_scores import (
     accumulator,
-    kept,
-    marked,
     per_query,
     probabilities,
     scores_part,
     scores_terms,
     start_from,
-    weight_factors,
 )
 from pallas_flash.backends.hopper.backward_storage import (
     NUM_SCORE_STAGES,
     WG_KEYS,
-    dp_starts_from_rows,
     dq_part,
     query_columns,
-    value_columns,
 )
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
 from pallas_flash.backends.hopper.products import set_product
@@ -41,10 +36,7 @@ from pallas_flash.backends.hopper.storage import load_accumulator
 
 
 class Begun(NamedTuple):
-    """A step whose dS is still to be made, of weights and dP [keys, queries].
-
-    weights: what dS is a multiple of; less than 0 where dropout drops.
-    """
+    """A step whose dS is still to be made: of what it is a multiple of, and dP, [keys, queries]."""
 
     t: Any
     q_head: Any
@@ -147,42 +139,29 @@ def _start_s(kernel: Kernel, wg: Any, t: Any, s_acc: Any) -> None:
 def _weights(
     kernel: Kernel, wg: Any, t: Any, q_head: Any, q_tile: Any, zone: Zone, s: Any
 ) -> tuple[Any, Any]:
-    """P after dropout, as dV takes it, and the weights of `Begun`, from raw scores s."""
+    """P, and what dS is a multiple of, from raw scores s."""
     config, dtype = kernel.config, kernel.spec.dtype
     place = kernel.place(q_head, q_tile)
     place = place._replace(row_start=place.row_start + wg * WG_KEYS)
     part = scores_part(kernel, place, (WG_KEYS, config.block_q), zone)
     terms = scores_terms(kernel, t, part, _own(wg))
     lse_log2 = per_query(kernel.smem.lse_log2.at[_q_slot(kernel, t), pl.ds(0, config.block_q)])
-    weights = marked(terms, probabilities(kernel, part, terms, s, lse_log2))
-    p = kept(terms, weights.p).astype(dtype)
-    if kernel.spec.score_mod is not None:
-        return p, weights.scores.astype(dtype)
-    return p, p if kernel.spec.dropout is None else weights.p.astype(dtype)
+    weights = probabilities(kernel, part, terms, s, lse_log2)
+    return weights.p.astype(dtype), weights.scores.astype(dtype)
 
 
 def _start_dp(kernel: Kernel, wg: Any, t: Any, dp_acc: Any) -> None:
-    v_smem = kernel.smem.v.at[_own(wg)]
-    if dp_starts_from_rows(kernel.spec, kernel.config):
-        queries = pl.ds(0, kernel.config.block_q)
-        start_from(dp_acc, kernel.smem.delta.at[_dout_slot(kernel, t), queries])
-        plgpu.wgmma(dp_acc, v_smem, _dout(kernel, t).transpose((1, 0)))
-    else:
-        set_product(dp_acc, v_smem, _dout(kernel, t), value_columns(kernel.spec).tile)
+    queries = pl.ds(0, kernel.config.block_q)
+    start_from(dp_acc, kernel.smem.delta.at[_dout_slot(kernel, t), queries])
+    plgpu.wgmma(dp_acc, kernel.smem.v.at[_own(wg)], _dout(kernel, t).transpose((1, 0)))
 
 
 def _store_ds(kernel: Kernel, wg: Any, begun: Begun) -> Any:
     """dS, which is handed to the other warpgroup as well, without the scale."""
-    smem, spec = kernel.smem, kernel.spec
+    smem = kernel.smem
     dout_slot, ds_slot = _dout_slot(kernel, begun.t), stage(begun.t, NUM_SCORE_STAGES)
-    delta = are_kept = None
-    if not dp_starts_from_rows(spec, kernel.config):
-        delta = per_query(smem.delta.at[dout_slot, pl.ds(0, kernel.config.block_q)])
-    weights = begun.weights.astype(jnp.float32)
-    if spec.dropout is not None:
-        are_kept, weights = weights >= 0.0, jnp.abs(weights)
     # 0 where P is, since dP is finite there (`scrub`).
-    ds = (weights * weight_factors(spec, are_kept, begun.dp, delta)).astype(spec.dtype)
+    ds = (begun.weights.astype(jnp.float32) * begun.dp).astype(kernel.spec.dtype)
     smem.ds.at[ds_slot, _own(wg)][...] = ds
     plgpu.commit_smem()
     plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
