@@ -96,7 +96,7 @@ def _step(
         plgpu.barrier_wait(kernel.smem.dout_ready.at[_dout_slot(kernel, t)])
         plgpu.wgmma(dv_acc, p, _dout(kernel, t))
 
-    def with_dq(dq_acc):
+    def with_dq(before, dq_acc):
         _start_dq(kernel, wg, before, dq_acc)
         start_dv()
         add_dq = _dq_adder(kernel, wg, before, dq_acc, wait_n=1)
@@ -106,7 +106,8 @@ def _step(
         start_dv()
         dp = pl.run_scoped(partial(dp_beside, lambda: None), scores)
     else:
-        dp = pl.run_scoped(with_dq, accumulator(*dq_part(kernel.spec, kernel.config)))
+        dq_acc = accumulator(*dq_part(kernel.spec, kernel.config))
+        dp = pl.run_scoped(partial(with_dq, before), dq_acc)
     return Begun(t, q_head, q_tile, weights, dp)
 
 
