@@ -7,6 +7,8 @@ import pytest
 
 import pallas_flash as pf
 from conftest import BACKENDS, SIZES, Sizes, normal, positions, qkv, t5_buckets
+from pallas_flash.scores.distance_bias import FlatEndedBias
+from pallas_flash.scores.score_mod import AFTER
 from pallas_flash.terms import DISTANCE_AXES, Tile
 
 pytestmark = pytest.mark.quick
@@ -95,6 +97,17 @@ def test_sink_of_rows_that_attend_to_nothing(backend, logit):
         plain = pf.flash_attention(q, k, v, mask=mask, **BACKENDS[backend])
         np.testing.assert_allclose(out, plain, rtol=1e-6)
         assert (d_logits == 0).all()
+
+
+def test_addend_is_all_that_a_score_mod_does():
+    a, b = jnp.asarray([[[[0.5]], [[-2.0]]]]), jnp.asarray(3.0)
+    s = jnp.arange(12.0).reshape(1, 2, 2, 3)
+    for mod in (pf.Bias(a), pf.Chain((pf.Bias(a), pf.Bias(b)))):
+        np.testing.assert_array_equal(mod.apply(s, 0, 0), s + mod.addend)
+    ends = FlatEndedBias(jnp.ones((1, 1, 5)), before=a[..., 0, 0], after=b, near=(-1, 1))
+    assert ends.at(AFTER).addend is b
+    others = pf.Chain(()), pf.Chain((pf.Bias(a), pf.Softcap(2.0))), pf.Alibi(jnp.ones(2)), ends
+    assert [mod.addend for mod in others] == [None] * 4
 
 
 def test_score_mods_that_cannot_be():

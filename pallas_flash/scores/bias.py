@@ -24,3 +24,7 @@ class Bias(ScoreMod):
     @property
     def lipschitz(self):
         return 1.0
+
+    @property
+    def addend(self):
+        return self.array

@@ -34,6 +34,14 @@ class ScoreMod:
         """Two distances, from the first of which down and from the second up it is simpler."""
         return None
 
+    @property
+    def addend(self) -> Any:
+        """What it adds to a score, where that is all it does and is the same at all positions.
+
+        Up to the positions that its arrays stand for: it broadcasts to [B, Hq, Tq, Tkv].
+        """
+        return None
+
     def at(self, where: str) -> "ScoreMod":
         """What it is `NEAR`, `BEFORE` or `AFTER`; of its arrays no others than it needs there."""
         return self
@@ -66,6 +74,11 @@ class Chain(ScoreMod):
     def lipschitz(self):
         factors = [mod.lipschitz for mod in self.mods]
         return None if None in factors else math.prod(factors)
+
+    @property
+    def addend(self):
+        addends = [mod.addend for mod in self.mods]
+        return None if not addends or any(x is None for x in addends) else sum(addends)
 
     @property
     def near(self):

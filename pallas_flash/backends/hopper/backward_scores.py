@@ -91,7 +91,10 @@ def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: An
 
     Rows with lse_log2 = inf give 0. lse_log2 is None where s contains it.
     """
-    scale = kernel.spec.scale
+    scale, addend = kernel.spec.scale, part.addend()
+    if addend is not None:
+        # To every score: less for each is taken from lse.
+        lse_log2 = lse_log2 - addend * LOG2_E
     if lse_log2 is not None:
         lse_log2 = lax.broadcast_in_dim(lse_log2, s.shape, [1])
 
@@ -99,7 +102,7 @@ def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: An
         p = jnp.exp2(logits_log2 if lse_log2 is None else logits_log2 - lse_log2)
         return masking.masked(part, terms.mask, p, 0.0, _ends(kernel)) if part.is_masked else p
 
-    if terms.score_mod is None:
+    if terms.score_mod is None or addend is not None:
         p = to_p(s * (scale * LOG2_E))
         return Weights(p, p)
 

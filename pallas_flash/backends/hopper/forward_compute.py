@@ -230,12 +230,14 @@ def _multiply_last(kernel: Kernel, tile: Tile, first_step: Any, state: State, ac
 
 def _softmax(kernel: Kernel, s: Any, state: State, part: Part, terms: Terms) -> tuple[State, Any]:
     """The state with raw scores s [64, block_kv], p in float32, and what older sums shrink by."""
-    s, to_log2 = _logits(kernel, part, terms, s)
+    s, to_log2, addend = _logits(kernel, part, terms, s)
     if not kernel.needs_maximum:
         p = jnp.exp2(s * to_log2)
         l = state.l + _sums(kernel, p)  # noqa: E741
         return lax.optimization_barrier((State(state.m_log2, l, keep(terms, p)), None))
     m_log2 = s.max(axis=1) * to_log2
+    if addend is not None:
+        m_log2 = m_log2 + addend * LOG2_E
     if kernel.rescales_rarely:
         m_log2 = jnp.where(m_log2 > state.m_log2 + SLACK, m_log2, state.m_log2)
     else:
@@ -245,6 +247,8 @@ def _softmax(kernel: Kernel, s: Any, state: State, part: Part, terms: Terms) -> 
         # A row that has met no key yet: -inf - -inf would be NaN.
         shift = jnp.where(m_log2 == -jnp.inf, 0.0, m_log2)
     alpha = jnp.exp2(state.m_log2 - shift)
+    if addend is not None:
+        shift = shift - addend * LOG2_E
     p = jnp.exp2(s * to_log2 - widen_rows(shift, s.shape))
     sums = _sums(kernel, p)
     l = state.l * (widen_rows(alpha, sums.shape) if kernel.sums_late else alpha) + sums  # noqa: E741
@@ -276,11 +280,14 @@ def _terms(kernel: Kernel, wg: Any, stage: Any, part: Part) -> Terms:
     return terms
 
 
-def _logits(kernel: Kernel, part: Part, terms: Terms, s: Any) -> tuple[Any, float]:
-    """Scores, -inf where they do not count, and the factor that takes them to base 2."""
+def _logits(kernel: Kernel, part: Part, terms: Terms, s: Any) -> tuple[Any, float, Any]:
+    """Scores, -inf where they do not count, and the factor that takes them to base 2.
+
+    And a number that is still to be added to all of them, behind the factor but in base e, or None.
+    """
     spec, block_kv = kernel.spec, kernel.config.block_kv
-    to_log2 = spec.scale * LOG2_E
-    if spec.score_mod is not None:
+    to_log2, addend = spec.scale * LOG2_E, part.addend()
+    if spec.score_mod is not None and addend is None:
         modified = partial(meaning.logits, scale=spec.scale)
         positions = part.positions()
         s, factor = written_out_scaled(modified)(s, *positions, score_mod=terms.score_mod)
@@ -292,7 +299,7 @@ def _logits(kernel: Kernel, part: Part, terms: Terms, s: Any) -> tuple[Any, floa
     if part.is_masked and (spec.mask is not None or is_cut):
         ends = None, spec.kv_len if is_cut else None
         s = masking.masked(part, terms.mask, s, -jnp.inf, ends)
-    return s, to_log2
+    return s, to_log2, addend
 
 
 def _finish(kernel: Kernel, wg: Any, tile: Tile, state: State, acc: Any) -> None:

@@ -10,7 +10,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_flash.backends.hopper.elementwise import missing_operations
-from pallas_flash.backends.hopper.leaves import Leaf, Terms, leaves_of, used
+from pallas_flash.backends.hopper.leaves import Kind, Leaf, Terms, leaves_of, used
 from pallas_flash.backends.hopper.storage import MATRIX
 from pallas_flash.backends.hopper.tile_arrays import (
     Brought,
@@ -123,6 +123,15 @@ class Part:
             for axis, start in enumerate(starts)
         ]
         return (at[0], at[1]) if self.tiling.rows == Q else (at[1], at[0])
+
+    def addend(self) -> Any:
+        """The number that the score mod adds to all scores here, None if it does anything else."""
+        mod, where = self.tiling.spec.score_mod, self.zone.where
+        leaves = leaves_of(mod, self.tiling.rows)
+        if mod is None or any(leaves[i].kind is not Kind.NUMBER for i in used(mod, where)):
+            return None
+        numbers = [None if x is None else x.astype(jnp.float32) for x in self.values.score_mod]
+        return jax.tree.unflatten(jax.tree.structure(mod), numbers).at(where).addend
 
     def mask_of_rows(self) -> Any:
         """The mask with numbers and vectors along the rows in int32, None for its other arrays."""
