@@ -9,7 +9,7 @@ import pallas_flash as pf
 from conftest import BACKENDS, SIZES, Sizes, normal, positions, qkv, t5_buckets
 from pallas_flash.scores.distance_bias import FlatEndedBias
 from pallas_flash.scores.score_mod import AFTER
-from pallas_flash.terms import DISTANCE_AXES, Tile
+from pallas_flash.terms import DISTANCE_AXES, Tile, term
 
 pytestmark = pytest.mark.quick
 
@@ -106,8 +106,20 @@ def test_addend_is_all_that_a_score_mod_does():
         np.testing.assert_array_equal(mod.apply(s, 0, 0), s + mod.addend)
     ends = FlatEndedBias(jnp.ones((1, 1, 5)), before=a[..., 0, 0], after=b, near=(-1, 1))
     assert ends.at(AFTER).addend is b
-    others = pf.Chain(()), pf.Chain((pf.Bias(a), pf.Softcap(2.0))), pf.Alibi(jnp.ones(2)), ends
-    assert [mod.addend for mod in others] == [None] * 4
+
+    @term
+    class Doubled(pf.Bias):
+        def apply(self, s, q_pos, kv_pos):
+            return 2 * super().apply(s, q_pos, kv_pos)
+
+    others = (
+        Doubled(a),
+        pf.Chain(()),
+        pf.Chain((pf.Bias(a), pf.Softcap(2.0))),
+        pf.Alibi(jnp.ones(2)),
+        ends,
+    )
+    assert [mod.addend for mod in others] == [None] * 5
 
 
 def test_score_mods_that_cannot_be():

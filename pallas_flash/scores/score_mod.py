@@ -36,10 +36,7 @@ class ScoreMod:
 
     @property
     def addend(self) -> Any:
-        """What it adds to a score, where that is all it does and is the same at all positions.
-
-        Up to the positions that its arrays stand for: it broadcasts to [B, Hq, Tq, Tkv].
-        """
+        """An array, broadcastable to [B, Hq, Tq, Tkv], if to add it is all that `apply` does."""
         return None
 
     def at(self, where: str) -> "ScoreMod":
@@ -77,6 +74,9 @@ class Chain(ScoreMod):
 
     @property
     def addend(self):
+        if type(self) is not Chain:
+            # A subclass may do more.
+            return None
         addends = [mod.addend for mod in self.mods]
         return None if not addends or any(x is None for x in addends) else sum(addends)
 

@@ -3,7 +3,8 @@
 P^T and dS^T feed dV and dK from registers. dS of both warpgroups goes through SMEM into one dQ
 product over all 128 keys, of which each warpgroup computes half: half the float32 traffic of two
 separate products. With 80 queries a step this product is transposed: what S^T, dP^T and dQ^T read
-of K and V, whatever the number of queries, is less for each of them.
+of K and V, whatever the number of queries, is less for each of them. With 64 queries steps may
+overlap (`backward_overlapped`).
 """
 
 from functools import partial

@@ -112,11 +112,11 @@ def overlaps_steps(spec: AttentionSpec, config: Any) -> bool:
     2.567; 2.029 for 1.780 at 4 x 4095, where Q is copied in pieces, and is handed back later here.
     H100, JAX 0.11.2. A score mod's arrays need more of a step for their gradients than it keeps.
     """
-    is_wide = max(spec.head_dim, spec.value_dim) > 96
-    fits = config.block_q == 64 and config.num_q_stages > 1 and not config.shares_keys
-    keeps_all = spec.dropout is None and not array_gradients.leaves(spec)
-    is_whole = not is_split(spec.q_len) and near_of(spec.score_mod) is None
-    return is_wide and fits and keeps_all and is_whole
+    has_tiles = config.block_q == 64 and config.num_q_stages > 1 and not config.shares_keys
+    is_faster = max(spec.head_dim, spec.value_dim) > 96 and not is_split(spec.q_len)
+    is_faster &= spec.dropout is None
+    needs_more = array_gradients.leaves(spec) or near_of(spec.score_mod) is not None
+    return has_tiles and is_faster and not needs_more
 
 
 def s_starts_from_rows(spec: AttentionSpec, config: Any) -> bool:
