@@ -13,7 +13,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -22,6 +21,9 @@ from pallas_flash.linear_map import both_modes
 from pallas_flash.parallel import distributed
 from pallas_flash.spec import LSE_AXES, OUT_AXES, AttentionSpec, Operands
 from pallas_flash.tile_sums import TileSum, View, sum_tiles
+
+# Of out, lse, dout and dlse.
+_ROW_AXES = OUT_AXES, LSE_AXES, OUT_AXES, LSE_AXES
 
 
 class Plan(NamedTuple):
@@ -61,10 +63,8 @@ def _forward(plan: Plan, operands: Operands):
 
 
 def _backward(plan: Plan, residuals, cotangents):
-    operands, out, lse = residuals
-    dout, dlse = cotangents
-    delta = jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=lse.dtype) - dlse
-    gradients = _attend_backward_in_both_modes(plan, operands, lse, delta, dout)
+    gradients = _attend_backward_in_both_modes(plan, *residuals, *cotangents)
+    operands, _, _ = residuals
     return (_in_place_of(operands, gradients),)
 
 
@@ -93,34 +93,38 @@ _attend_in_both_modes = both_modes(_attend, _tangent)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_backward(plan: Plan, operands: Operands, lse, delta, dout) -> tuple[jax.Array, ...]:
-    """dq, dk, dv and the gradients of the score mod's arrays; differentiable again."""
+def _attend_backward(plan: Plan, operands: Operands, *rows: jax.Array) -> tuple[jax.Array, ...]:
+    """dq, dk, dv and the gradients of the score mod's arrays; differentiable again.
+
+    rows: out, lse, dout and dlse.
+    """
     leaves, tree = jax.tree.flatten(operands)
 
     def local(*arrays):
-        *leaves, lse, delta, dout = arrays
+        leaves, rows = arrays[:-4], arrays[-4:]
         operands = jax.tree.unflatten(tree, leaves)
         spec = AttentionSpec.of(operands, plan.scale, plan.deterministic)
         dq, dk, dv, d_score_mod = dispatch.run(
-            "backward", spec, plan.backend, plan.config, operands, lse, delta, dout
+            "backward", spec, plan.backend, plan.config, operands, *rows
         )
         return dq, dk, dv, *d_score_mod
 
-    axes_in = [*operands.axes, LSE_AXES, LSE_AXES, OUT_AXES]
+    axes_in = [*operands.axes, *_ROW_AXES]
     axes_out = [operands.axes[i] for i in operands.differentiated]
     run = distributed(local, axes_in, axes_out, shared=operands.shared)
-    return tuple(run(*leaves, lse, delta, dout))
+    return tuple(run(*leaves, *rows))
 
 
 def _sum_of_gradients(operands: Operands) -> TileSum:
-    """What `_attend_backward` is, as a sum over tiles: of q, k, v, arrays, lse, delta and dout."""
+    """What `_attend_backward` is, as a sum over tiles: of q, k, v, arrays and its rows."""
 
     def function(view: View, *parts):
-        *x, lse, delta, dout = parts
+        *x, out, lse, dout, dlse = parts
+        delta = (out * dout).sum(-1, keepdims=True).swapaxes(1, 2) - dlse
         return jax.vjp(functools.partial(view.weighed, lse), *x)[1]((dout, -delta))
 
     axes = [operands.axes[i] for i in operands.differentiated]
-    return TileSum(function, (*axes, LSE_AXES, LSE_AXES, OUT_AXES), tuple(range(len(axes))))
+    return TileSum(function, (*axes, *_ROW_AXES), tuple(range(len(axes))))
 
 
 def _backward_forward(plan: Plan, *inputs):
@@ -132,12 +136,12 @@ def _backward_backward(plan: Plan, inputs, cotangents):
     of = _sum_of_gradients(operands).transposed()
     arrays = (*_differentiated(operands), *rows, *cotangents)
     found = sum_tiles(_request(plan, of), operands, arrays)
-    return _in_place_of(operands, found[:-3]), *found[-3:]
+    return _in_place_of(operands, found[:-4]), *found[-4:]
 
 
 def _backward_tangent(plan: Plan, inputs, tangents) -> tuple[jax.Array, ...]:
     operands, *rows = inputs
-    dx = [tangents[i] for i in operands.differentiated] + tangents[-3:]
+    dx = [tangents[i] for i in operands.differentiated] + tangents[-4:]
     moved = tuple(i for i, x in enumerate(dx) if x is not None)
     of = _sum_of_gradients(operands).tangent(moved)
     arrays = (*_differentiated(operands), *rows, *(dx[i] for i in moved))

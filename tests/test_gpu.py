@@ -8,6 +8,7 @@ Every case is judged against a float64 oracle and against plain attention in the
 import dataclasses
 import functools
 import itertools
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ import pallas_flash as pf
 from conftest import MASKS as MASKS_OF_ALL
 from conftest import Sizes, normal, qkv
 from pallas_flash.backends import hopper
+from pallas_flash.backends.hopper import config as hopper_config
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.tuning import table
 from term_cases import KEY, ON_A_DEVICE, SCORES, TERM_SIZES, inputs, judge
@@ -33,6 +35,14 @@ WITHOUT_MASK = [(1, 1), (63, 63), (257, 4097)]
 HEAD_DIMS = [16, 40, 64, 80, 96, 128, 192, 256]
 H100 = table.DATA / "nvidia_h100_80gb_hbm3.json"
 HEADS = {"mha": (4, 4), "gqa-8-to-1": (8, 1), "gqa-2-to-1": (4, 2), "mqa": (3, 1)}
+
+
+@pytest.fixture(autouse=True)
+def kernel_for_dq_in_half_of_the_cases(request, monkeypatch):
+    """Of whatever length: few tests are long, and by default it is there for few keys."""
+    is_there = zlib.crc32(request.node.name.encode()) % 2
+    if "deterministic" not in request.node.name:
+        monkeypatch.setattr(hopper_config, "MOST_KEYS_OF_DQ_KERNEL", 2**31 * is_there)
 
 
 def length_mask(z: Sizes):
@@ -299,8 +309,8 @@ def test_nan_in_padding_does_not_leak():
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_deterministic_gradients_are_the_same_in_250_runs(head_dim, record_property):
-    sizes = Sizes(4, 2048, 2048, 4, 2, head_dim, head_dim)
-    arrays = *qkv(sizes, jnp.bfloat16), normal(5, 4, 2048, 4, head_dim, dtype=jnp.bfloat16)
+    sizes = Sizes(2, 4096, 4096, 4, 2, head_dim, head_dim)
+    arrays = *qkv(sizes, jnp.bfloat16), normal(5, 2, 4096, 4, head_dim, dtype=jnp.bfloat16)
 
     def gradients(deterministic, *arrays):
         attention = functools.partial(

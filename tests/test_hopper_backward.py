@@ -106,10 +106,10 @@ CASES = {
         allowed=lambda q, k: k < below(70),
     ),
     "d64-with-the-tiles-of-d256": Case(
-        150, 60, 1, 1, 64, 64, config=BackwardConfig(64, 64, 2, 1, 1)
+        150, 60, 1, 1, 64, 64, config=BackwardConfig(64, 64, 2, 1, 1, False)
     ),
     "d64-one-stage-dq-by-columns": Case(
-        150, 100, 1, 1, 64, 64, config=BackwardConfig(64, 128, 1, 1, 3)
+        150, 100, 1, 1, 64, 64, config=BackwardConfig(64, 128, 1, 1, 3, False)
     ),
     "overlapped-d128": Case(328, 100, 1, 1, 128, 128),
     "overlapped-d128-gqa-causal": Case(
@@ -119,14 +119,16 @@ CASES = {
         72, 130, 1, 1, 104, 40, dtype=jnp.float16, mask=pf.KvLengths(lengths(70)),
         allowed=lambda q, k: k < below(70),
     ),
-    "80-queries-d128": Case(328, 104, 1, 1, 128, 128, config=BackwardConfig(80, 128, 2, 2, 1)),
+    "80-queries-d128": Case(
+        328, 104, 1, 1, 128, 128, config=BackwardConfig(80, 128, 2, 2, 1, False)
+    ),
     "80-queries-d128-value-dim-80-gqa-causal": Case(
         250, 130, 2, 1, 128, 80, mask=pf.Causal(), allowed=causal,
-        config=BackwardConfig(80, 128, 2, 2, 1),
+        config=BackwardConfig(80, 128, 2, 2, 1, False),
     ),
     "96-queries-d120-lengths": Case(
         210, 130, 1, 1, 120, 64, mask=pf.KvLengths(lengths(70)), allowed=lambda q, k: k < below(70),
-        config=BackwardConfig(96, 128, 1, 1, 1),
+        config=BackwardConfig(96, 128, 1, 1, 1, False),
     ),
 }  # fmt: skip
 
@@ -162,7 +164,8 @@ class Problem(NamedTuple):
 
 def with_backward(spec: AttentionSpec, backward_config: BackwardConfig | None) -> Config:
     config = default_config(spec)
-    return dataclasses.replace(config, backward=backward_config or config.backward)
+    backward_config = backward_config or dataclasses.replace(config.backward, has_dq_kernel=False)
+    return dataclasses.replace(config, backward=backward_config)
 
 
 def problem(case: Case) -> Problem:
@@ -182,11 +185,10 @@ def problem(case: Case) -> Problem:
 
     (out, lse), gradients = oracle.with_gradients(list(arrays.values()), (dout, dlse), attention)
     lse = jnp.where(allowed.any(-1), jnp.asarray(lse, jnp.float32), -jnp.inf)
-    delta = np.einsum("bthd,bthd->bht", np.asarray(out), np.asarray(dout, np.float64)) - dlse
     operands = Operands(**arrays, mask=case.bound_mask())
     spec = AttentionSpec.of(operands, case.head_dim**-0.5)
     config = with_backward(spec, case.config)
-    residuals = (lse, jnp.asarray(delta, jnp.float32), dout)
+    residuals = (jnp.asarray(out, case.dtype), lse, dout, dlse)
     return Problem(spec, config, operands, residuals, gradients, (allowed, dlse))
 
 
@@ -235,10 +237,11 @@ def test_score_mods_with_80_queries_give_what_64_give():
     operands = Operands(q, k, v, None, pf.Softcap(2.0))
     spec = AttentionSpec.of(operands, 0.1)
     row = jnp.full((1, 1, 170), 5.0, jnp.float32)
+    residuals = jnp.zeros_like(dout), row, dout, -row
     found = []
     for block_q in (64, 80):
-        config = with_backward(spec, BackwardConfig(block_q, 128, 2, 2, 1))
-        results, races = interpret(Problem(spec, config, operands, (row, row, dout), None, None))
+        config = with_backward(spec, BackwardConfig(block_q, 128, 2, 2, 1, False))
+        results, races = interpret(Problem(spec, config, operands, residuals, None, None))
         assert not races
         found.append(results[:3])
     for of_64, of_80 in zip(*found, strict=True):
@@ -268,12 +271,12 @@ def test_nan_in_padding_does_not_leak(name):
     def poison(x, used):
         return jnp.where(used[..., None, None], x, jnp.nan)
 
-    q, k, v, (lse, delta, dout) = p.operands.q, p.operands.k, p.operands.v, p.residuals
+    q, k, v, (out, lse, dout, dlse) = p.operands.q, p.operands.k, p.operands.v, p.residuals
     rows, keys = allowed.any(2), allowed.any(1)
     dirty, races = interpret(
         p._replace(
             operands=Operands(poison(q, rows), poison(k, keys), poison(v, keys), p.operands.mask),
-            residuals=(lse, delta, poison(dout, rows)),
+            residuals=(out, lse, poison(dout, rows), dlse),
         )
     )
     assert not races
@@ -348,7 +351,7 @@ def mutation_problem(block_kv: int, module: str = "", function: str = "") -> Pro
 
     module, function: what is mutated; it may be there for bands of near tiles alone.
     """
-    config = BackwardConfig(64, block_kv, 2, 1, 2)
+    config = BackwardConfig(64, block_kv, 2, 1, 2, False)
     q_len, dim = (296, 128) if module == "backward_overlapped" else (300, 32)
     q, k = jnp.ones((1, q_len, 3, dim), jnp.bfloat16), jnp.ones((1, 60, 1, dim), jnp.bfloat16)
     of_scores = jnp.ones((1, 1, q_len, 60))
@@ -365,7 +368,7 @@ def mutation_problem(block_kv: int, module: str = "", function: str = "") -> Pro
     operands = Operands(q, k, k, mask, mod)
     row = jnp.ones((1, 3, q_len), jnp.float32)
     spec = AttentionSpec.of(operands, 0.1)
-    return Problem(spec, with_backward(spec, config), operands, (row, row, q), None, None)
+    return Problem(spec, with_backward(spec, config), operands, (q, row, q, row), None, None)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +404,8 @@ def described(head_dim, value_dim, mask=None, dtype=jnp.bfloat16, batch=2, q_len
     q, k = array(batch, q_len, 4, head_dim), array(batch, kv_len, 2, head_dim)
     operands = Operands(q, k, array(batch, kv_len, 2, value_dim), mask)
     row = array(batch, 4, q_len, dtype=jnp.float32)
-    return operands, row, row, array(batch, q_len, 4, value_dim)
+    out = array(batch, q_len, 4, value_dim)
+    return operands, out, row, out, row
 
 
 def lowers(arrays, config=None):
@@ -444,11 +448,11 @@ def test_masks_lower_for_cuda(head_dim, mask):
 @pytest.mark.parametrize(("block_q", "value_dim"), [(80, 128), (96, 80)])
 def test_numbers_of_queries_that_are_no_multiple_of_64_lower_for_cuda(block_q, mask, value_dim):
     arrays = described(128, value_dim, mask, q_len=250)
-    assert "mosaic_gpu" in lowers(arrays, BackwardConfig(block_q, 128, 1, 1, 1))
+    assert "mosaic_gpu" in lowers(arrays, BackwardConfig(block_q, 128, 1, 1, 1, False))
 
 
 def test_transposed_dq_needs_head_dim_128():
-    config = BackwardConfig(80, 128, 2, 2, 1)
+    config = BackwardConfig(80, 128, 2, 2, 1, False)
     for head_dim, reason in ((128, None), (64, "block_q=80 needs head_dim 128, this is 64")):
         spec = AttentionSpec.of(described(head_dim, head_dim)[0], 0.1)
         assert misfit(spec, config) == reason
@@ -497,7 +501,7 @@ def test_as_many_heads_side_by_side_as_run_at_a_time():
 
 def test_shared_memory_is_what_pallas_requests():
     arrays = described(128, 128)
-    config = BackwardConfig(128, 128, 4, 3, 1)
+    config = BackwardConfig(128, 128, 4, 3, 1, False)
     expected = config.shared_memory_bytes(AttentionSpec.of(arrays[0], 0.1))
     with pytest.raises(ValueError, match=f"smem_bytes={expected}"):
         lowers(arrays, config)
@@ -505,10 +509,10 @@ def test_shared_memory_is_what_pallas_requests():
 
 def test_bad_configs_are_refused():
     with pytest.raises(ValueError, match="block_q=72 must be a multiple of 16 from 64 to 128"):
-        BackwardConfig(72, 128, 2, 2, 1)
+        BackwardConfig(72, 128, 2, 2, 1, False)
     with pytest.raises(ValueError, match="block_q=96 must be 64 or 128 where block_kv=64"):
-        BackwardConfig(96, 64, 2, 2, 1)
+        BackwardConfig(96, 64, 2, 2, 1, False)
     with pytest.raises(ValueError, match="block_kv=96 must be 64 or 128"):
-        BackwardConfig(64, 96, 2, 2, 1)
+        BackwardConfig(64, 96, 2, 2, 1, False)
     with pytest.raises(ValueError, match="num_q_stages=0 must be at least 1"):
-        BackwardConfig(64, 128, 0, 2, 1)
+        BackwardConfig(64, 128, 0, 2, 1, False)

@@ -61,9 +61,10 @@ def test_xla_cannot_run_the_kernels_of_a_scan_twice():
     text = gradient.trace(x).lower(lowering_platforms=("cuda",)).as_text()
     kernels = re.findall(r"(%\w+):\d+ = stablehlo.custom_call @mosaic_gpu_v2", text)
     barriers = re.findall(r"optimization_barrier (.*) :", text)
-    assert len(kernels) == len(barriers) == 2
-    for kernel, barrier in zip(kernels, barriers, strict=True):
-        assert f"{kernel}#0" in barrier
+    # Forward and backward; with few keys this has one kernel for dQ and one for the rest.
+    assert (len(kernels), len(barriers)) == (3, 2)
+    for kernel in kernels:
+        assert any(f"{kernel}#0" in barrier for barrier in barriers)
 
 
 @pytest.mark.parametrize("head_dim", [d for d in range(16, 257, 8) if d not in DIMS])

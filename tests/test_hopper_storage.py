@@ -25,7 +25,9 @@ FORWARD = [
     ForwardConfig(2, block_kv, stages, 1, takes_turns=False, heads_per_group=1)
     for block_kv, stages in itertools.product(range(32, 257, 16), (2, 3))
 ]
-BACKWARD = [BackwardConfig(*sizes, 2, 2, 1) for sizes in itertools.product((64, 128), (64, 128))]
+BACKWARD = [
+    BackwardConfig(*sizes, 2, 2, 1, False) for sizes in itertools.product((64, 128), (64, 128))
+]
 
 
 @pytest.mark.parametrize("name", ["wide-arrays-of-every-kind", "dense-keys-and-causal"])

@@ -47,7 +47,7 @@ def lowers(spec, operands, dout) -> bool:
     @jax.jit
     def both(operands, dout):
         out, lse = hopper.BACKEND.forward(spec, config, operands)
-        return out, hopper.BACKEND.backward(spec, config, operands, lse, lse, dout)
+        return out, hopper.BACKEND.backward(spec, config, operands, out, lse, dout, lse)
 
     text = both.trace(operands, dout).lower(lowering_platforms=("cuda",)).as_text()
     return text.count("@mosaic_gpu_v2") >= 2

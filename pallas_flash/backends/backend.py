@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import jax
+import jax.numpy as jnp
+
 from pallas_flash.spec import AttentionSpec
 
 
@@ -38,9 +41,9 @@ class Backend:
       forward: ``(spec, config, operands) -> out [B, Tq, Hq, Dv], lse [B, Hq, Tq]``. lse is the
         natural log of the softmax denominator, float32 (float64 for float64 inputs). A row that
         may attend to nothing has out = 0 and lse = -inf.
-      backward: ``(spec, config, operands, lse, delta, dout) -> dq, dk, dv, dscore_mod``, in the
-        operands' shapes and dtypes; ``delta = rowsum(out * dout) - dlse`` [B, Hq, Tq] in lse's
-        dtype; dscore_mod is a list with one gradient for each floating point array of the score
+      backward: ``(spec, config, operands, out, lse, dout, dlse) -> dq, dk, dv, dscore_mod``, in
+        the operands' shapes and dtypes, from the results of `forward` and their cotangents;
+        dscore_mod is a list with one gradient for each floating point array of the score
         mod, in the order of ``jax.tree.leaves``.
 
     Values at keys that no query may attend to (padding) never reach a result, NaN included, as far
@@ -59,3 +62,12 @@ class Backend:
     candidate_configs: Callable[[AttentionSpec, Any, str], list[Any]] = (
         lambda spec, config, direction: []
     )
+
+
+def delta_of(out: jax.Array, dout: jax.Array, dlse: jax.Array) -> jax.Array:
+    """``rowsum(out * dout) - dlse`` [B, Hq, Tq] (FlashAttention-2, section 3.1.2).
+
+    out, dout: [B, Tq, Hq, Dv]. With ``P = exp(S - lse)`` the gradient of the logits is
+    ``P * (dP - delta)``; the term ``- dlse`` is all that a differentiable lse takes.
+    """
+    return jnp.einsum("bthd,bthd->bht", out, dout, preferred_element_type=dlse.dtype) - dlse

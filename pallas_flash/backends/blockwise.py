@@ -16,7 +16,7 @@ from jax import lax
 
 from pallas_flash import softmax_state
 from pallas_flash.backends import tile
-from pallas_flash.backends.backend import Backend
+from pallas_flash.backends.backend import Backend, delta_of
 from pallas_flash.masks import schedule
 from pallas_flash.masks.schedule import Blocks
 from pallas_flash.parallel import vary_together
@@ -202,8 +202,11 @@ class _Gradients(NamedTuple):
     d_score_mod: list[jax.Array]
 
 
-def backward(spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, lse, delta, dout):
+def backward(
+    spec: AttentionSpec, config: BlockwiseConfig, operands: Operands, out, lse, dout, dlse
+):
     """dq, dk, dv and the gradients of the score mod's arrays."""
+    delta = delta_of(out, dout, dlse)
     grid = Grid.of(spec, config, operands)
     q, dout = grouped(operands.q, spec), grouped(dout, spec)
     k, v = operands.k.transpose(0, 2, 1, 3), operands.v.transpose(0, 2, 1, 3)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash.backends import tile
-from pallas_flash.backends.backend import Backend
+from pallas_flash.backends.backend import Backend, delta_of
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import Tile, floating, floating_axes, map_operands
 
@@ -70,8 +70,11 @@ def forward(spec: AttentionSpec, config: ReferenceConfig, operands: Operands):
     return out.astype(spec.dtype), lse
 
 
-def backward(spec: AttentionSpec, config: ReferenceConfig, operands: Operands, lse, delta, dout):
+def backward(
+    spec: AttentionSpec, config: ReferenceConfig, operands: Operands, out, lse, dout, dlse
+):
     """dq, dk, dv and the gradients of the score mod's arrays."""
+    delta = delta_of(out, dout, dlse)
     q, k, v, ok, logits, drop, score_mod = _prepare(spec, operands)
     arrays, rebuild = floating(score_mod)
     arrays = [x.astype(spec.state_dtype) for x in arrays]

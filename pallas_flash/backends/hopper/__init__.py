@@ -115,11 +115,17 @@ def _forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[A
 
 
 def _backward(
-    spec: AttentionSpec, config: Config, operands: Operands, lse: Any, delta: Any, dout: Any
+    spec: AttentionSpec,
+    config: Config,
+    operands: Operands,
+    out: Any,
+    lse: Any,
+    dout: Any,
+    dlse: Any,
 ) -> tuple[Any, Any, Any, list[Any]]:
     from pallas_flash.backends.hopper.backward import backward
 
-    return _run_once(backward(spec, config, operands, lse, delta, dout))
+    return _run_once(backward(spec, config, operands, out, lse, dout, dlse))
 
 
 def _run_once(results: Any) -> Any:

@@ -1,7 +1,8 @@
 """Backward of dense attention on Hopper: one pass over the keys (FlashAttention-2, section 3.1.2).
 
 dQ is added to an array that XLA zeroes: of float32, or of int32 (`dq_fixed_point`) where gradients
-are to be deterministic.
+are to be deterministic. Where there are few keys a kernel of its own computes it
+(`backward_by_queries`).
 """
 
 import dataclasses
@@ -16,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_flash.backends.backend import delta_of
 from pallas_flash.backends.hopper import (
     array_gradients,
     backward_by_keys,
+    backward_by_queries,
     backward_by_roles,
     dq_fixed_point,
     dq_fragments,
@@ -45,7 +48,7 @@ from pallas_flash.backends.hopper.backward_storage import (
     tiling,
     value_columns,
 )
-from pallas_flash.backends.hopper.config import BackwardConfig
+from pallas_flash.backends.hopper.config import BackwardConfig, default_dq_config
 from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem
 from pallas_flash.backends.hopper.leaves import (
     Terms,
@@ -76,20 +79,34 @@ def _compiler_params(config: BackwardConfig) -> plgpu.CompilerParams:
 
 
 def backward(
-    spec: AttentionSpec, config: Any, operands: Operands, lse: Any, delta: Any, dout: Any
+    spec: AttentionSpec,
+    config: Any,
+    operands: Operands,
+    out: Any,
+    lse: Any,
+    dout: Any,
+    dlse: Any,
 ) -> tuple[Any, Any, Any, list[Any]]:
     """dq, dk, dv and the gradients of the score mod's arrays, in the operands' shapes and dtypes.
 
-    lse, delta: [B, Hq, Tq] float32, natural log; dout: [B, Tq, Hq, Dv].
+    out, dout: [B, Tq, Hq, Dv]; lse, dlse: [B, Hq, Tq] float32, natural log.
     """
     tiles, whole = config.backward, operands
+    dq = None
+    if tiles.has_dq_kernel:
+        rows = out, lse, dout, dlse
+        dq, delta = backward_by_queries.dq_and_delta(spec, default_dq_config(spec), operands, *rows)
+    else:
+        delta = delta_of(out, dout, dlse)
     spec, operands = seen(spelled_out(spec), tiles), seen(with_numbers(operands), tiles)
     qk, vo = query_columns(spec, tiles), value_columns(spec)
     runs, schedule = _schedule(spec, tiles, operands.mask)
     # P and dS are 0 there, but 0 * NaN would reach dK and dV.
     unused = lse == -jnp.inf if may_hold_padding(spec) else None
+    if unused is not None:
+        delta = jnp.where(unused, 0.0, delta)
     factors = None
-    if spec.deterministic:
+    if spec.deterministic and dq is None:
         factors = dq_fixed_point.factors(spec, operands, lse, delta, dout)
         factors = dq_fixed_point.over_whole_tiles(factors, tiles.block_q)
     lse_log2, delta = _per_query_terms(lse, delta, tiles.block_q)
@@ -112,10 +129,11 @@ def backward(
         gradients=array_gradients.Refs(None, ()),
     )
     dq_sum, dk, dv, of_arrays = _launch(spec, tiles, runs, inputs)
-    dq_sums = dq_fragments if tiles.shares_keys else backward_by_keys
-    dq = dq_sums.dq_of_sum(spec, tiles, dq_sum, factors)
     dk, dv = out_of_gmem(dk, spec.head_dim), out_of_gmem(dv, spec.value_dim)
-    if spec.deterministic:
+    if dq is None:
+        dq_sums = dq_fragments if tiles.shares_keys else backward_by_keys
+        dq = dq_sums.dq_of_sum(spec, tiles, dq_sum, factors)
+    if factors is not None:
         dq = dq_fixed_point.with_overflows(spec, dq, dk)
     of_seen = array_gradients.folded(tiling(spec, tiles), operands.score_mod, of_arrays)
     d_score_mod = _of_all(whole, tiles, of_seen)
@@ -160,7 +178,7 @@ def _per_query_terms(lse: Any, delta: Any, block_q: int) -> tuple[Any, Any]:
 
 
 class _Results(NamedTuple):
-    """dq_sum and matrices are added to, zeros before; stored: dk, dv and the sums, or None."""
+    """dq_sum, if any, and matrices are added to, zeros before; stored: dk, dv, the sums or None."""
 
     dq_sum: Any
     matrices: tuple[Any, ...]
@@ -240,7 +258,9 @@ def _launch(
     # custom_partitioning and custom_jvp refuse effects. What `stored` begins with is never read.
     found = pl.run_state(launch)(
         _Results(
-            jnp.zeros(dq_sums.dq_sum_shape(spec, config), dq_dtype(spec)),
+            None
+            if config.has_dq_kernel
+            else jnp.zeros(dq_sums.dq_sum_shape(spec, config), dq_dtype(spec)),
             array_gradients.zero_matrices(tiling(spec, config)),
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored),
         )

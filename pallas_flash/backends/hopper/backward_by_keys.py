@@ -4,7 +4,8 @@ P^T and dS^T feed dV and dK from registers. dS of both warpgroups goes through S
 product over all 128 keys, of which each warpgroup computes half: half the float32 traffic of two
 separate products. With 80 queries a step this product is transposed: what S^T, dP^T and dQ^T read
 of K and V, whatever the number of queries, is less for each of them. With 64 queries steps may
-overlap (`backward_overlapped`).
+overlap (`backward_overlapped`). Where another kernel computes dQ (`backward_by_queries`) the
+warpgroups share nothing.
 """
 
 from functools import partial
@@ -100,9 +101,10 @@ def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
     )
     # Only this warpgroup read these rows of V.
     _store(kernel, wg, dv * dropout_factor(kernel.spec), v, dv_gmem)
-    # K was read by both, in dQ.
-    plgpu.barrier_arrive(smem.k_read)
-    plgpu.barrier_wait(smem.k_read)
+    if smem.k_read is not None:
+        # K was read by both, in dQ.
+        plgpu.barrier_arrive(smem.k_read)
+        plgpu.barrier_wait(smem.k_read)
     _store(kernel, wg, dk * kernel.spec.scale, k, dk_gmem)
     plgpu.wait_smem_to_gmem(0)
 
@@ -133,6 +135,7 @@ def _step(
     sums: of the arrays' gradients over the queries of this head.
     """
     smem, config = kernel.smem, kernel.config
+    adds_dq = not config.has_dq_kernel
     dk_acc, dv_acc = accs
     s_starts = s_starts_from_rows(kernel.spec, config)
     dp_starts = dp_starts_from_rows(kernel.spec, config)
@@ -166,6 +169,8 @@ def _step(
             plgpu.wgmma(dp_acc, smem.v.at[own], dout_smem.transpose((1, 0)))
         else:
             set_product(dp_acc, smem.v.at[own], dout_smem, vo.tile)
+        if not adds_dq:
+            return gradients(s_acc, dp_acc, None)
         dq_shape = dq_part(kernel.spec, config)
         dq_acc = accumulator(*(dq_shape[::-1] if config.transposes_dq else dq_shape))
         return pl.run_scoped(partial(gradients, s_acc, dp_acc), dq_acc)
@@ -187,19 +192,24 @@ def _step(
         dp = load_accumulator(dp_acc, wait_n=1)
         delta = None if dp_starts else per_query(smem.delta.at[dout_slot, queries])
         are_kept = weights.p >= 0.0 if kernel.spec.dropout is not None else None
-        x = weight_factors(kernel.spec, are_kept, dp, delta)
+        x = weight_factors(part, are_kept, dp, delta)
         # 0 where P is, since dP is finite there (`scrub`). Without the scale.
         ds = (weights.scores * x).astype(kernel.spec.dtype)
-        if config.transposes_dq:
+        if adds_dq and config.transposes_dq:
             smem.ds.at[ds_slot, :, own].transpose((1, 0))[...] = ds
-        else:
+        elif adds_dq:
             smem.ds.at[ds_slot, own][...] = ds
         plgpu.commit_smem()
-        plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
+        if adds_dq:
+            plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
         _add_product(kernel, dk_acc, ds, q_smem, qk)
         of_arrays = array_gradients_of(part, terms, s, jnp.abs(weights.p), x)
         refs = kernel.gmem.gradients, smem.gradients
         new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)
+        if not adds_dq:
+            plgpu.wgmma_wait(0)
+            free_stages(kernel, t)
+            return new_sums
         # Early, as they come from memory.
         factors = backward_dq.factors(kernel, wg, q_head, q_tile, dq_acc.shape)
         plgpu.barrier_wait(smem.ds_ready.at[ds_slot])

@@ -171,13 +171,13 @@ def _dk_step(
         if not computes_p:
             weight = plgpu.load(smem.p.at[slot], layout=MATRIX).astype(delta.dtype)
             dp = load_accumulator(dp_acc, wait_n=0)
-            x = weight_factors(kernel.spec, is_kept(terms, shape), dp, delta)
+            x = weight_factors(part, is_kept(terms, shape), dp, delta)
             return (weight * x).astype(dtype), sums
         scores = accumulator(config.block_kv, config.block_q)
         s, weights = pl.run_scoped(partial(_own_weights, kernel, q_slot, part, terms), scores)
         # Awaited with the scores.
         dp = load_accumulator(dp_acc, wait_n=0)
-        x = weight_factors(kernel.spec, is_kept(terms, shape), dp, delta)
+        x = weight_factors(part, is_kept(terms, shape), dp, delta)
         of_arrays = array_gradients_of(part, terms, s, weights.p, x)
         refs = kernel.gmem.gradients, smem.gradients
         added = array_gradients.add(kernel.tiling, *refs, q_head * 0, place, of_arrays, sums)

@@ -27,7 +27,7 @@ class GlobalRefs(NamedTuple):
     schedule: [B or 1, Hq or 1, num_kv_tiles, 4] int32 or None. terms: the arrays of mask, score mod
     and dropout. ids: of `masking.id_bounds`. dq_factors: of `dq_fixed_point.factors`, over whole
     tiles, or None. dq_sum: added to, in fixed point or float32: of `backward_by_keys.dq_sum_shape`
-    or `dq_fragments.dq_sum_shape`. gradients: of the score mod's arrays.
+    or `dq_fragments.dq_sum_shape`, or None. gradients: of the score mod's arrays.
     """
 
     q: Any

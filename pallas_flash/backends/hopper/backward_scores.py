@@ -22,8 +22,7 @@ from pallas_flash.backends.hopper.scores import (
 )
 from pallas_flash.backends.hopper.storage import LOG2_E, MATRIX, PER_COLUMN, zero_matrix
 from pallas_flash.backends.hopper.tile_arrays import Place, read_rows
-from pallas_flash.spec import AttentionSpec
-from pallas_flash.terms import KV
+from pallas_flash.terms import KV, Q
 
 
 def scores_part(kernel: Kernel, place: Place, shape: tuple[int, int], zone: Zone) -> Part:
@@ -80,27 +79,33 @@ def start_from(acc: Any, row_smem: Any) -> None:
 
 
 class Weights(NamedTuple):
-    """P^T, and what the gradients of the scores are multiples of."""
+    """P, and what the gradients of the scores are multiples of."""
 
     p: Any
     scores: Any
 
 
 def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: Any) -> Weights:
-    """P^T from raw scores s, 0 where masked, and its `Weights`.
+    """`weights_of` a tile whose rows are keys."""
+    return weights_of(part, terms, s, lse_log2, _ends(kernel))
 
-    Rows with lse_log2 = inf give 0. lse_log2 is None where s contains it.
+
+def weights_of(part: Part, terms: Terms, s: Any, lse_log2: Any, ends: tuple[Any, Any]) -> Weights:
+    """P from raw scores s, 0 where masked, and its `Weights`.
+
+    Queries with lse_log2 = inf give 0. lse_log2 has a number for each query, or is None where s
+    contains it. ends: as in `masking.masked`.
     """
-    scale, addend = kernel.spec.scale, part.addend()
+    scale, addend = part.tiling.spec.scale, part.addend()
     if addend is not None:
         # To every score: less for each is taken from lse.
         lse_log2 = lse_log2 - addend * LOG2_E
     if lse_log2 is not None:
-        lse_log2 = lax.broadcast_in_dim(lse_log2, s.shape, [1])
+        lse_log2 = _over_keys(part, lse_log2, s)
 
     def to_p(logits_log2):
         p = jnp.exp2(logits_log2 if lse_log2 is None else logits_log2 - lse_log2)
-        return masking.masked(part, terms.mask, p, 0.0, _ends(kernel)) if part.is_masked else p
+        return masking.masked(part, terms.mask, p, 0.0, ends) if part.is_masked else p
 
     if terms.score_mod is None or addend is not None:
         p = to_p(s * (scale * LOG2_E))
@@ -110,6 +115,11 @@ def probabilities(kernel: Kernel, part: Part, terms: Terms, s: Any, lse_log2: An
         return with_weights(mod, s * scale, q_pos, kv_pos, lambda x: to_p(x * LOG2_E))
 
     return Weights(*written_out(all_of_it)(terms.score_mod, s, *part.positions()))
+
+
+def _over_keys(part: Part, per_query: Any, s: Any) -> Any:
+    """A matrix like s from one number for each query."""
+    return lax.broadcast_in_dim(per_query, s.shape, [0 if part.tiling.rows == Q else 1])
 
 
 def marked(terms: Terms, weights: Weights) -> Weights:
@@ -130,14 +140,15 @@ def kept(terms: Terms, p: Any) -> Any:
     return p if terms.dropout is None else jnp.maximum(p, 0.0)
 
 
-def weight_factors(spec: AttentionSpec, are_kept: Any, dp: Any, delta: Any) -> Any:
+def weight_factors(part: Part, are_kept: Any, dp: Any, delta: Any) -> Any:
     """What P is multiplied with in the gradient of the logits: dP, after dropout, less delta.
 
     are_kept: what dropout keeps, if there is any; it asks for delta, which else is None where dp
     contains it.
     """
+    spec = part.tiling.spec
     if delta is not None:
-        delta = lax.broadcast_in_dim(delta, dp.shape, [1])
+        delta = _over_keys(part, delta, dp)
     if spec.dropout is not None:
         return jnp.where(are_kept, dp * dropout_factor(spec) - delta, -delta)
     return dp if delta is None else dp - delta

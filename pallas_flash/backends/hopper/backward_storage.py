@@ -29,8 +29,9 @@ class Storage(NamedTuple):
     """What a block allocates; the leading axis of q, lse_log2, dout, delta is a stage.
 
     ds and p hold scores of two steps, with keys along rows, or along columns where the product for
-    dQ is transposed. p and p_ready exist where the warpgroups share the keys; dq,
-    each warpgroup's part of a tile on its way out, where they do not. tiles: what is brought of the
+    dQ is transposed. p and p_ready exist where the warpgroups share the keys; dq, each warpgroup's
+    part of a tile on its way out, where they do not; none of ds, dq, ds_ready and k_read where
+    another kernel computes dQ. tiles: what is brought of the
     terms' arrays, in stages with q; near_ready, near_free: of what only near tiles read, for each
     warpgroup. gradients: of the score mod's arrays, on their way out.
     """
@@ -114,7 +115,7 @@ def overlaps_steps(spec: AttentionSpec, config: Any) -> bool:
     """
     has_tiles = config.block_q == 64 and config.num_q_stages > 1 and not config.shares_keys
     is_faster = max(spec.head_dim, spec.value_dim) > 96 and not is_split(spec.q_len)
-    is_faster &= spec.dropout is None
+    is_faster &= spec.dropout is None and not config.has_dq_kernel
     needs_more = array_gradients.leaves(spec) or near_of(spec.score_mod) is not None
     return has_tiles and is_faster and not needs_more
 
@@ -164,7 +165,7 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     qk, vo = query_columns(spec, config), value_columns(spec)
     rows, columns = dq_part(spec, config)
     dq_tile = next(tile for tile in (32, 16, 8) if columns % tile == 0)
-    shared = config.shares_keys
+    shared, adds_dq = config.shares_keys, not config.has_dq_kernel
     score_tile = (block_q, block_kv) if config.transposes_dq else (block_kv, block_q)
     score_shape = (NUM_SCORE_STAGES, *score_tile)
     # Every stage of a row starts where TMA can write it.
@@ -190,8 +191,10 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         v=copied((block_kv, vo.smem), dtype, vo, spec.kv_len, own_keys),
         p=tiled(score_shape, dtype, qk.tile) if hands_p_over(spec, config) else None,
         # Swizzled like Q and K, which it meets in products.
-        ds=tiled(score_shape, dtype, qk.tile),
-        dq=None if shared else tiled((NUM_MATH_WGS, rows, columns), dq_dtype(spec), dq_tile),
+        ds=tiled(score_shape, dtype, qk.tile) if adds_dq else None,
+        dq=tiled((NUM_MATH_WGS, rows, columns), dq_dtype(spec), dq_tile)
+        if adds_dq and not shared
+        else None,
         kv_ready=barriers(
             arrivals=sum(num_copies(spec.kv_len, block_kv, x, own_keys) for x in (qk, vo))
         ),
@@ -200,8 +203,8 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         q_free=barriers(config.num_q_stages),
         dout_free=barriers(config.num_dout_stages),
         p_ready=barriers(NUM_SCORE_STAGES, arrivals=1) if shared else None,
-        ds_ready=barriers(NUM_SCORE_STAGES, arrivals=1 if shared else 2),
-        k_read=barriers(arrivals=1 if shared else 2),
+        ds_ready=barriers(NUM_SCORE_STAGES, arrivals=1 if shared else 2) if adds_dq else None,
+        k_read=barriers(arrivals=1 if shared else 2) if adds_dq else None,
         tiles=in_smem(tiles, config.num_q_stages),
         near_ready=barriers(NUM_MATH_WGS, num_near) if num_near else None,
         near_free=barriers(NUM_MATH_WGS, 1) if num_near else None,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.experimental.pallas as pl
 
-from pallas_flash.backends.hopper import backward_storage, forward_storage
+from pallas_flash.backends.hopper import backward_storage, dq_storage, forward_storage
 from pallas_flash.backends.hopper.leaves import reads_matrices, rows_share_matrices
 from pallas_flash.backends.hopper.storage import (
     L2_BYTES_PER_GROUP,
@@ -16,16 +16,24 @@ from pallas_flash.backends.hopper.storage import (
     shared_memory_bytes,
 )
 from pallas_flash.backends.hopper.tiling import Tiling, fits_swizzle
+from pallas_flash.masks import Causal
 from pallas_flash.spec import AttentionSpec
 
+# Up to so many keys, and head dimensions of 128, the backward has a kernel for dQ: what that takes
+# grows with the keys, what it saves does not. The whole backward, ms, with and without: 16 x 1024 x
+# 32 x 64 0.852 and 0.900, 8 x 2048 1.550 and 1.474, causal 0.928 and 0.958; 16 x 1024 x 16 x 128
+# 0.729 and 0.759, 32 x 512 0.459 and 0.560. H100, JAX 0.11.2.
+MOST_KEYS_OF_DQ_KERNEL = 1024
 # Of a product on the matrix units.
 PRODUCT_ROWS = 64
 
 __all__ = [
     "BackwardConfig",
     "Config",
+    "DqConfig",
     "ForwardConfig",
     "default_backward_config",
+    "default_dq_config",
     "default_forward_config",
     "misfit",
     "one_step_from",
@@ -83,6 +91,10 @@ class ForwardConfig:
         """SMEM of a block, from what the kernel allocates."""
         scratch = forward_storage.REDUCTION_SCRATCH_BYTES
         return shared_memory_bytes(forward_storage.storage(spec, self)) + scratch
+
+    def registers(self, spec: AttentionSpec) -> int:
+        """How many a thread of a math warpgroup needs, about."""
+        return forward_storage.registers(spec, self)
 
     @property
     def most_registers(self) -> int:
@@ -142,6 +154,44 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
     return _first_that_fits(spec, configs)
 
 
+class DqConfig(ForwardConfig):
+    """How the kernel for dQ alone cuts its work: as the forward does, but it takes no turns."""
+
+    def shared_memory_bytes(self, spec: AttentionSpec) -> int:
+        """SMEM of a block, from what the kernel allocates."""
+        scratch = forward_storage.REDUCTION_SCRATCH_BYTES
+        return shared_memory_bytes(dq_storage.storage(spec, self)) + scratch
+
+    def registers(self, spec: AttentionSpec) -> int:
+        """How many a thread of a math warpgroup needs, about."""
+        return dq_storage.registers(spec, self)
+
+
+def default_dq_config(spec: AttentionSpec) -> DqConfig:
+    """A sound configuration for any head_dim and value_dim of 16 to 128."""
+    # Heads side by side as the forward has them.
+    forward = default_forward_config(spec)
+    num_warpgroups = min(2, -(-spec.q_len // forward_storage.WG_ROWS))
+    # The whole backward at 32 x 512, ms, without a mask and causal: head_dim 64 0.506 and 0.439,
+    # with two stages 0.538 and 0.443, with 96 keys 0.576 and 0.453; 128 0.459 and 0.383, with two
+    # stages 0.476 and 0.384, with 128 keys 0.463 and 0.504. H100, JAX 0.11.2.
+    most_keys = 128 if max(spec.head_dim, spec.value_dim) <= 64 else 64
+    configs = [
+        DqConfig(
+            num_warpgroups=num_warpgroups,
+            block_kv=block_kv,
+            num_stages=num_stages,
+            num_q_stages=num_q_stages,
+            takes_turns=False,
+            heads_per_group=forward.heads_per_group,
+        )
+        for block_kv in (128, 64, 32)
+        for num_stages, num_q_stages in ((3, 2), (3, 1), (2, 1))
+        if block_kv <= most_keys
+    ]
+    return _first_that_fits(spec, configs)
+
+
 @dataclasses.dataclass(frozen=True)
 class BackwardConfig:
     """How the backward kernel cuts its work; never changes a result.
@@ -157,6 +207,8 @@ class BackwardConfig:
       num_dout_stages: tiles of dO in flight.
       heads_per_group: kv heads whose blocks run next to each other, first keys first; what they
         stream and add to should fit into the L2 cache.
+      has_dq_kernel: whether dQ is computed by a kernel of its own (`backward_by_queries`), and not
+        added to in memory by this one; for block_kv 128.
 
     Raises:
       ValueError: if a number is outside its range.
@@ -167,6 +219,7 @@ class BackwardConfig:
     num_q_stages: int
     num_dout_stages: int
     heads_per_group: int
+    has_dq_kernel: bool
 
     def __post_init__(self):
         if self.block_kv not in (64, 128):
@@ -175,6 +228,8 @@ class BackwardConfig:
             raise ValueError(f"block_q={self.block_q} must be a multiple of 16 from 64 to 128")
         if self.shares_keys and self.transposes_dq:
             raise ValueError(f"block_q={self.block_q} must be 64 or 128 where block_kv=64")
+        if self.shares_keys and self.has_dq_kernel:
+            raise ValueError(f"has_dq_kernel=True needs block_kv={self.block_kv} to be 128")
         for name in ("num_q_stages", "num_dout_stages", "heads_per_group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -234,7 +289,13 @@ def default_backward_config(spec: AttentionSpec) -> BackwardConfig:
             tiles.insert(0, (80, 128, 2, 2))
         # Many arrays over queries and keys: smaller tiles of them.
         tiles.append((64, 64, 1, 1))
-    return _first_that_fits(spec, [BackwardConfig(*sizes, heads) for sizes in tiles])
+    configs = [BackwardConfig(*sizes, heads, False) for sizes in tiles]
+    # Under a causal mask a query meets half of them.
+    factor = 2 if type(spec.mask) is Causal and widest <= 64 else 1
+    if spec.kv_len <= factor * MOST_KEYS_OF_DQ_KERNEL:
+        alone = [dataclasses.replace(c, has_dq_kernel=True) for c in configs if not c.shares_keys]
+        configs = alone + configs
+    return _first_that_fits(spec, configs)
 
 
 def _first_that_fits(spec: AttentionSpec, configs: list[Any]) -> Any:
@@ -250,13 +311,16 @@ def misfit(spec: AttentionSpec, config: Any) -> str | None:
         columns = backward_storage.query_columns(spec, config).smem
         if columns != 2 * PRODUCT_ROWS:
             return f"block_q={config.block_q} needs head_dim 128, this is {spec.head_dim}"
-        if spec.deterministic:
+        if spec.deterministic and not config.has_dq_kernel:
             return f"block_q={config.block_q} has no deterministic gradients"
+    has_dq_kernel = isinstance(config, BackwardConfig) and config.has_dq_kernel
+    if has_dq_kernel and (reason := misfit(spec, default_dq_config(spec))):
+        return f"has beside it a kernel for dQ, which {reason}"
     size = config.shared_memory_bytes(spec)
     if size > SHARED_MEMORY_LIMIT:
         return f"needs {size} bytes of shared memory, the device has {SHARED_MEMORY_LIMIT}"
     if isinstance(config, ForwardConfig):
-        registers = forward_storage.registers(spec, config)
+        registers = config.registers(spec)
         if registers > config.most_registers:
             return f"needs about {registers} registers a thread, it has {config.most_registers}"
     return None

@@ -70,14 +70,14 @@ def _launch(
     of_producer, of_consumer = REGISTERS[num_wgs]
 
     def flash_attention_forward(gmem, out_gmem, lse_gmem, smem):
-        kernel = Kernel(spec, config, walk, gmem, out_gmem, lse_gmem, *split(spec, smem))
+        kernel = Kernel(spec, config, walk, gmem, *split(spec, smem), out_gmem, lse_gmem)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == num_wgs)
         def _():
             if of_producer is not None:
                 plgpu.set_max_registers(of_producer, action="decrease")
-            load(kernel)
+            load(kernel, v_is_late=True)
 
         @pl.when(wg < num_wgs)
         def _():

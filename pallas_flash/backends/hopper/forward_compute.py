@@ -13,7 +13,7 @@ from jax import lax
 from pallas_flash.backends import tile as meaning
 from pallas_flash.backends.hopper import copies, masking
 from pallas_flash.backends.hopper.elementwise import written_out_scaled
-from pallas_flash.backends.hopper.forward_kernel import Kernel, place_of
+from pallas_flash.backends.hopper.forward_kernel import Kernel
 from pallas_flash.backends.hopper.forward_storage import WG_ROWS, query_columns, value_columns
 from pallas_flash.backends.hopper.forward_walk import Tile, first_tile, for_each_tile
 from pallas_flash.backends.hopper.leaves import Terms
@@ -27,7 +27,6 @@ from pallas_flash.backends.hopper.storage import (
     widen_rows,
     zero_matrix,
 )
-from pallas_flash.backends.hopper.tile_arrays import read_rows
 
 # How far scores in base 2 may exceed the number that they are taken less, where the accumulator is
 # rescaled rarely: P is 256 at most then.
@@ -55,12 +54,11 @@ def compute(kernel: Kernel, wg: Any) -> None:
     # multiplies. The first one's turn comes first.
     last_wg = kernel.config.num_warpgroups - 1
     pl.when(wg == last_wg)(lambda: _pass_turn(kernel, wg))
-    if smem.near_free is not None:
-        plgpu.barrier_arrive(smem.near_free.at[wg])
+    kernel.free_near(wg)
 
     def compute_tile(tile, following, step):
-        of_rows = _read_rows(kernel, wg, tile)
-        plgpu.barrier_wait(_q_ready(kernel, wg, tile))
+        of_rows = kernel.read_rows(wg, tile)
+        plgpu.barrier_wait(kernel.q_ready(wg, tile))
         load_next_q = partial(following, partial(_load_q, kernel, wg))
         loads_early = kernel.config.num_q_stages > 1
         if loads_early:
@@ -87,9 +85,9 @@ def compute(kernel: Kernel, wg: Any) -> None:
 
 def _load_q(kernel: Kernel, wg: Any, tile: Tile) -> None:
     """Starts the load of a warpgroup's queries."""
-    start = tile.index * kernel.config.block_q + wg * WG_ROWS
-    target = _q_of(kernel, wg, tile), _q_ready(kernel, wg, tile)
-    copies.load(kernel.gmem.q, tile.batch, start, tile.q_head, *target)
+    start, target = kernel.q_start(wg, tile), _q_of(kernel, wg, tile)
+    ready = kernel.q_ready(wg, tile)
+    copies.load(kernel.gmem.q, tile.batch, start, tile.q_head, target, ready)
 
 
 def _q_of(kernel: Kernel, wg: Any, tile: Tile) -> copies.Tile:
@@ -97,30 +95,13 @@ def _q_of(kernel: Kernel, wg: Any, tile: Tile) -> copies.Tile:
     return kernel.copied.q.part(kernel.q_stage(tile), wg)
 
 
-def _q_ready(kernel: Kernel, wg: Any, tile: Tile) -> Any:
-    """The barrier of their load."""
-    return kernel.smem.q_ready.at[kernel.q_stage(tile) * kernel.config.num_warpgroups + wg]
-
-
-def _read_rows(kernel: Kernel, wg: Any, tile: Tile) -> Terms:
-    """What the terms' arrays hold for a warpgroup's queries."""
-    place = place_of(kernel, tile, jnp.int32(0))
-    place = place._replace(row_start=place.row_start + wg * WG_ROWS)
-    return read_rows(kernel.tiling, kernel.gmem.terms, place, WG_ROWS)
-
-
 def _attend(
     kernel: Kernel, wg: Any, tile: Tile, first_step: Any, acc: Any, of_rows: Terms
 ) -> State:
     """The state after all key blocks of a tile; acc lacks the last one."""
-    q_start = tile.index * kernel.config.block_q + wg * WG_ROWS
 
     def scores(i, zone):
-        place = place_of(kernel, tile, i)._replace(row_start=q_start)
-        shape = WG_ROWS, kernel.config.block_kv
-        ids = kernel.gmem.ids if zone.is_masked else []
-        is_wide = masking.read_wide(ids, tile.batch * 0)
-        return Part.of(kernel.tiling, kernel.gmem.terms, of_rows, place, shape, zone, is_wide)
+        return kernel.part(wg, tile, i, of_rows, zone)
 
     def step(i, state, zone):
         return _step(kernel, wg, q, first_step + i, state, acc, scores(i, zone))
@@ -267,16 +248,8 @@ def _sums(kernel: Kernel, p: Any) -> Any:
 
 def _terms(kernel: Kernel, wg: Any, stage: Any, part: Part) -> Terms:
     """The terms of a part of a tile. Frees the stage of K, which has been multiplied."""
-    smem, own = kernel.smem, pl.ds(wg * WG_ROWS, WG_ROWS)
-    if part.is_near:
-        plgpu.barrier_wait(smem.near_ready.at[wg])
-    terms = part.terms(smem.tiles, stage, own)
-    if part.reads_smem:
-        # They were read by ordinary loads, and TMA overwrites them.
-        plgpu.commit_smem()
-    if part.is_near:
-        plgpu.barrier_arrive(smem.near_free.at[wg])
-    plgpu.barrier_arrive(smem.k_free.at[stage])
+    terms = kernel.terms(wg, stage, part)
+    plgpu.barrier_arrive(kernel.smem.k_free.at[stage])
     return terms
 
 
@@ -319,7 +292,7 @@ def _finish(kernel: Kernel, wg: Any, tile: Tile, state: State, acc: Any) -> None
     staging.whole[...] = out.astype(kernel.spec.dtype)
     lse_smem[...] = (state.m_log2 + jnp.log2(sums)) * LN_2
     plgpu.commit_smem()
-    q_start = tile.index * kernel.config.block_q + wg * WG_ROWS
+    q_start = kernel.q_start(wg, tile)
     copies.store(staging, kernel.out_gmem, tile.batch, q_start, tile.q_head)
     rows = pl.ds(q_start, WG_ROWS)
     plgpu.copy_smem_to_gmem(lse_smem, kernel.lse_gmem.at[tile.batch, tile.q_head, rows])

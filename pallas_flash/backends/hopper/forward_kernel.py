@@ -4,17 +4,12 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_flash.backends.hopper.config import ForwardConfig
-from pallas_flash.backends.hopper.forward_storage import Copied, Storage, tiling
-from pallas_flash.backends.hopper.forward_walk import Assigned, Tile, Walk
+from pallas_flash.backends.hopper.forward_walk import Assigned
 from pallas_flash.backends.hopper.leaves import Terms
+from pallas_flash.backends.hopper.query_kernel import QueryKernel
 from pallas_flash.backends.hopper.storage import LOG2_E
-from pallas_flash.backends.hopper.tile_arrays import Place
-from pallas_flash.backends.hopper.tiling import Tiling
 from pallas_flash.masks import Bounds
-from pallas_flash.spec import AttentionSpec
 
 # How large the exponent of a probability may be that was not divided by the largest one of its row:
 # bfloat16 and float32 go up to 127, and there are keys to sum over and values to multiply with.
@@ -37,21 +32,11 @@ class Inputs(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
-    """One launch: what is static, and the refs."""
+class Kernel(QueryKernel):
+    """One launch; gmem: `Inputs`, smem: `forward_storage.Storage`, copied: of its `split`."""
 
-    spec: AttentionSpec
-    config: ForwardConfig
-    walk: Walk
-    gmem: Inputs
     out_gmem: Any
     lse_gmem: Any
-    smem: Storage
-    copied: Copied
-
-    @property
-    def tiling(self) -> Tiling:
-        return tiling(self.spec, self.config)
 
     @property
     def needs_maximum(self) -> bool:
@@ -81,18 +66,3 @@ class Kernel:
         if not self.needs_maximum:
             return True
         return self.spec.mask is None and max(self.spec.head_dim, self.spec.value_dim) <= 128
-
-    def stage(self, step: Any) -> Any:
-        """Where in SMEM the keys or values of a step lie, counted over all tiles of a block."""
-        return lax.rem(step, jnp.int32(self.config.num_stages))
-
-    def q_stage(self, tile: Tile) -> Any:
-        """Where in SMEM the queries of a tile lie."""
-        return lax.rem(tile.nth, jnp.int32(self.config.num_q_stages))
-
-
-def place_of(kernel: Kernel, tile: Tile, i: Any) -> Place:
-    """Of the scores of a tile's step `i`."""
-    config = kernel.config
-    starts = tile.index * config.block_q, tile.kv_block(i) * config.block_kv
-    return Place(tile.batch, tile.q_head, *starts)

@@ -1,4 +1,4 @@
-"""The producer of the forward: streams the key blocks of all tiles through the stages."""
+"""The producer of kernels whose blocks own queries: streams the key blocks past them."""
 
 from typing import Any, NamedTuple
 
@@ -8,41 +8,48 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_flash.backends.hopper import copies
-from pallas_flash.backends.hopper.forward_kernel import Kernel, place_of
 from pallas_flash.backends.hopper.forward_storage import WG_ROWS
 from pallas_flash.backends.hopper.forward_walk import Tile, for_each_tile
 from pallas_flash.backends.hopper.padding import Source
+from pallas_flash.backends.hopper.query_kernel import QueryKernel
 from pallas_flash.backends.hopper.tile_arrays import bring, bring_near
 
 
-def load(kernel: Kernel) -> None:
-    """The producer: streams the key blocks of all tiles through the stages."""
+def load(kernel: QueryKernel, v_is_late: bool) -> None:
+    """The producer: streams the key blocks of all tiles through the stages.
+
+    v_is_late: whether the values of a step are needed behind the keys of the next one.
+    """
     gmem, smem = kernel.gmem, kernel.smem
     k = Stream(gmem.k, kernel.copied.k, smem.k_ready, smem.k_free)
     v = Stream(gmem.v, kernel.copied.v, smem.v_ready, smem.v_free)
+    # Of a tile the first step is outside of the loop, or none.
+    begin = 1 if v_is_late else 0
 
     def load_tile(tile, _, first_step):
-        looks = gmem.v.looks(tile.batch)
+        k_looks, v_looks = gmem.k.looks(tile.batch), gmem.v.looks(tile.batch)
 
         def load_k(i):
-            _load_block(kernel, tile, first_step + i, i, k, None)
+            _load_block(kernel, tile, first_step + i, i, k, k_looks)
             _bring_terms(kernel, tile, first_step + i, i)
 
         def load_v(i):
-            _load_block(kernel, tile, first_step + i, i, v, looks)
+            _load_block(kernel, tile, first_step + i, i, v, v_looks)
 
         # In the order of their use.
         def load_step(i, _):
             load_k(i)
-            load_v(i - 1)
+            load_v(i - begin)
             if smem.near_ready is not None:
                 pl.when(i < tile.num_near)(lambda: _load_near(kernel, tile, i))
 
-        load_k(jnp.int32(0))
-        if smem.near_ready is not None:
-            _load_near(kernel, tile, jnp.int32(0))
-        lax.fori_loop(jnp.int32(1), tile.num_steps, load_step, None)
-        load_v(tile.num_steps - 1)
+        if v_is_late:
+            load_k(jnp.int32(0))
+            if smem.near_ready is not None:
+                _load_near(kernel, tile, jnp.int32(0))
+        lax.fori_loop(jnp.int32(begin), tile.num_steps, load_step, None)
+        if v_is_late:
+            load_v(tile.num_steps - 1)
         return first_step + tile.num_steps
 
     steps = for_each_tile(kernel.walk, gmem.assigned, load_tile)
@@ -68,7 +75,9 @@ class Stream(NamedTuple):
     free: Any
 
 
-def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream, looks: Any) -> None:
+def _load_block(
+    kernel: QueryKernel, tile: Tile, t: Any, i: Any, stream: Stream, looks: Any
+) -> None:
     """Loads the keys or values of a tile's step `i`, the block's step `t`, into their stage."""
     source, tiles, ready, free = stream
     stage = kernel.stage(t)
@@ -82,16 +91,16 @@ def _load_block(kernel: Kernel, tile: Tile, t: Any, i: Any, stream: Stream, look
     source.load(looks, tile.batch, kv_head, tile.kv_block(i), target, ready.at[stage])
 
 
-def _bring_terms(kernel: Kernel, tile: Tile, t: Any, i: Any) -> None:
+def _bring_terms(kernel: QueryKernel, tile: Tile, t: Any, i: Any) -> None:
     """Loads what the terms hold for a tile's step `i`, behind its keys."""
     smem, stage = kernel.smem, kernel.stage(t)
-    place, ready = place_of(kernel, tile, i), smem.k_ready.at[stage]
+    place, ready = kernel.place(tile, i), smem.k_ready.at[stage]
     bring(kernel.tiling, kernel.gmem.terms, smem.tiles, stage, place, ready)
 
 
-def _load_near(kernel: Kernel, tile: Tile, i: Any) -> None:
+def _load_near(kernel: QueryKernel, tile: Tile, i: Any) -> None:
     """Loads what only near tiles read, for each warpgroup as soon as it has read the last."""
-    smem, place = kernel.smem, place_of(kernel, tile, i)
+    smem, place = kernel.smem, kernel.place(tile, i)
     for wg in range(kernel.config.num_warpgroups):
         plgpu.barrier_wait(smem.near_free.at[wg])
         own, ready = (wg * WG_ROWS, WG_ROWS), smem.near_ready.at[wg]
