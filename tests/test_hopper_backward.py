@@ -28,6 +28,7 @@ from pallas_flash.backends.hopper import (
     dq_fragments,
 )
 from pallas_flash.backends.hopper.backward import backward
+from pallas_flash.backends.hopper.backward_storage import overlaps_steps
 from pallas_flash.backends.hopper.config import (
     BackwardConfig,
     Config,
@@ -115,8 +116,8 @@ CASES = {
     "overlapped-d128-gqa-causal": Case(
         200, 200, 2, 1, 128, 128, batch=2, mask=pf.Causal(), allowed=causal
     ),
-    "overlapped-f16-d104-value-dim-40-lengths": Case(
-        72, 130, 1, 1, 104, 40, dtype=jnp.float16, mask=pf.KvLengths(lengths(70)),
+    "overlapped-d104-value-dim-40-lengths": Case(
+        72, 130, 1, 1, 104, 40, mask=pf.KvLengths(lengths(70)),
         allowed=lambda q, k: k < below(70),
     ),
     "80-queries-d128": Case(
@@ -148,7 +149,7 @@ QUICK = [
 # Queries or keys without partner, some of them in a block that is visited.
 WITH_PADDING = ["causal-and-lengths-gqa", "d200-lengths", "more-keys-d80-causal"]
 WITH_PADDING += ["not-causal-square", "96-queries-d120-lengths"]
-WITH_PADDING += ["overlapped-f16-d104-value-dim-40-lengths"]
+WITH_PADDING += ["overlapped-d104-value-dim-40-lengths"]
 
 
 class Problem(NamedTuple):
@@ -488,6 +489,22 @@ def test_80_queries_where_they_were_faster(length, mask, deterministic, block_q)
     operands = described(128, 128, mask, q_len=length, kv_len=length)[0]
     spec = AttentionSpec.of(operands, 0.1, deterministic)
     assert default_backward_config(spec).block_q == block_q
+
+
+@pytest.mark.parametrize(
+    ("length", "head_dim", "dtype", "overlaps"),
+    [
+        (4096, 128, jnp.bfloat16, True),
+        # ptxas would serialise all products.
+        (4096, 128, jnp.float16, False),
+        (4095, 128, jnp.bfloat16, False),
+        (4096, 96, jnp.bfloat16, False),
+    ],
+)
+def test_steps_overlap_where_they_were_faster(length, head_dim, dtype, overlaps):
+    sizes = {"dtype": dtype, "q_len": length, "kv_len": length}
+    spec = AttentionSpec.of(described(head_dim, head_dim, pf.Causal(), **sizes)[0], 0.1)
+    assert overlaps_steps(spec, default_backward_config(spec)) == overlaps
 
 
 def test_as_many_heads_side_by_side_as_run_at_a_time():

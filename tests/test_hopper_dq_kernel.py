@@ -56,7 +56,7 @@ NAMES = (
     "window-value-dim-32",
     "whole-tile-of-keys-unused",
     "causal-and-lengths-gqa",
-    "overlapped-f16-d104-value-dim-40-lengths",
+    "overlapped-d104-value-dim-40-lengths",
     "80-queries-d128",
 )
 

@@ -111,11 +111,12 @@ def overlaps_steps(spec: AttentionSpec, config: Any) -> bool:
     Forward and backward 1.646 ms for 1.708 at 4 x 4096 x 16 x 128 causal, 1.939 for 1.976 with
     softcap, 2.091 for 1.980 with dropout; at head_dim 80 1.480 for 1.482, without a mask 2.694 for
     2.567; 2.029 for 1.780 at 4 x 4095, where Q is copied in pieces, and is handed back later here.
-    H100, JAX 0.11.2. A score mod's arrays need more of a step for their gradients than it keeps.
+    H100, JAX 0.11.2. In float16 ptxas serialises all products (its warning C7512), 428 TFLOP/s for
+    557. A score mod's arrays need more of a step for their gradients than it keeps.
     """
     has_tiles = config.block_q == 64 and config.num_q_stages > 1 and not config.shares_keys
     is_faster = max(spec.head_dim, spec.value_dim) > 96 and not is_split(spec.q_len)
-    is_faster &= spec.dropout is None and not config.has_dq_kernel
+    is_faster &= spec.dtype == jnp.bfloat16 and spec.dropout is None and not config.has_dq_kernel
     needs_more = array_gradients.leaves(spec) or near_of(spec.score_mod) is not None
     return has_tiles and is_faster and not needs_more
 
