@@ -38,18 +38,18 @@ from pallas_flash.backends.hopper.backward_load import load_tiles
 from pallas_flash.backends.hopper.backward_scores import with_rows
 from pallas_flash.backends.hopper.backward_storage import (
     NUM_MATH_WGS,
+    Copied,
     dp_starts_from_rows,
     dq_dtype,
     query_columns,
     s_starts_from_rows,
     seen,
-    split,
     storage,
     tiling,
     value_columns,
 )
 from pallas_flash.backends.hopper.config import BackwardConfig, default_dq_config
-from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem
+from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem, split
 from pallas_flash.backends.hopper.leaves import (
     Terms,
     near_of,
@@ -207,7 +207,7 @@ def _launch(
         else:
             row, kv_head = divmod_of(head, spec.num_kv_heads)
         block = Block(row, kv_head, kv_tile)
-        kernel = Kernel(spec, config, runs, gmem, *split(spec, smem), block)
+        kernel = Kernel(spec, config, runs, gmem, *split(smem, Copied, spec), block)
         wg = lax.axis_index("wg")
 
         @pl.when(wg == NUM_MATH_WGS)

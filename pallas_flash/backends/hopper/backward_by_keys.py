@@ -53,7 +53,7 @@ from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.products import add_product, set_product
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor
-from pallas_flash.backends.hopper.storage import Columns, load_accumulator, tma_rows
+from pallas_flash.backends.hopper.storage import load_accumulator, tma_rows
 from pallas_flash.spec import AttentionSpec
 
 
@@ -188,7 +188,7 @@ def _step(
         terms = scores_terms(kernel, t, part, own)
         weights = marked(terms, probabilities(kernel, part, terms, s, lse_log2))
         p = kept(terms, weights.p).astype(kernel.spec.dtype)
-        _add_product(kernel, dv_acc, p, dout_smem, vo)
+        add_product(dv_acc, p, dout_smem, vo.tile)
         dp = load_accumulator(dp_acc, wait_n=1)
         delta = None if dp_starts else per_query(smem.delta.at[dout_slot, queries])
         are_kept = weights.p >= 0.0 if kernel.spec.dropout is not None else None
@@ -202,7 +202,7 @@ def _step(
         plgpu.commit_smem()
         if adds_dq:
             plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
-        _add_product(kernel, dk_acc, ds, q_smem, qk)
+        add_product(dk_acc, ds, q_smem, qk.tile)
         of_arrays = array_gradients_of(part, terms, s, jnp.abs(weights.p), x)
         refs = kernel.gmem.gradients, smem.gradients
         new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)
@@ -223,11 +223,3 @@ def _step(
 
     scores = accumulator(WG_KEYS, config.block_q)
     return pl.run_scoped(products, scores, scores)
-
-
-def _add_product(kernel: Kernel, acc: Any, a: Any, b_smem: Any, columns: Columns) -> None:
-    """Issues ``acc += a @ b`` over the queries of a tile."""
-    if kernel.config.transposes_dq:
-        add_product(acc, a, b_smem, columns.tile)
-    else:
-        plgpu.wgmma(acc, a, b_smem)

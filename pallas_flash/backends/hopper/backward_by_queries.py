@@ -27,12 +27,10 @@ from pallas_flash.backends.hopper.backward_scores import (
 )
 from pallas_flash.backends.hopper.config import DqConfig
 from pallas_flash.backends.hopper.copies import Tile as Copy
-from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem, shape_in_gmem
-from pallas_flash.backends.hopper.dq_storage import Copied, split, storage
+from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem, shape_in_gmem, split
+from pallas_flash.backends.hopper.dq_storage import Copied, storage
 from pallas_flash.backends.hopper.forward_load import load
 from pallas_flash.backends.hopper.forward_storage import (
-    REDUCTION_SCRATCH_BYTES,
-    REGISTERS,
     WG_ROWS,
     query_columns,
     tiling,
@@ -48,7 +46,7 @@ from pallas_flash.backends.hopper.forward_walk import (
 from pallas_flash.backends.hopper.leaves import Terms, spelled_out, with_numbers
 from pallas_flash.backends.hopper.padding import unused_keys, without_unused
 from pallas_flash.backends.hopper.products import add_product, set_product
-from pallas_flash.backends.hopper.query_kernel import QueryKernel
+from pallas_flash.backends.hopper.query_kernel import COMPILER_PARAMS, QueryKernel
 from pallas_flash.backends.hopper.scores import Zone
 from pallas_flash.backends.hopper.storage import (
     LOG2_E,
@@ -85,7 +83,7 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel(QueryKernel):
-    """One launch; gmem: `Inputs`, smem: `dq_storage.Storage`, copied: of its `split`."""
+    """One launch; gmem: `Inputs`, smem: `dq_storage.Storage`, copied: its `Copied`."""
 
     dq_gmem: Any
     delta_gmem: Any
@@ -137,24 +135,10 @@ def dq_and_delta(
         terms=Terms(*map(tiling(spec, config).in_gmem, Terms.of(operands))),
         ids=masking.id_bounds(operands.mask),
     )
-    num_wgs = config.num_warpgroups
-    of_producer, of_consumer = REGISTERS[num_wgs]
 
     def flash_attention_backward_dq(gmem, dq_gmem, delta_gmem, smem):
-        kernel = Kernel(spec, config, walk, gmem, *split(spec, smem), dq_gmem, delta_gmem)
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg == num_wgs)
-        def _():
-            if of_producer is not None:
-                plgpu.set_max_registers(of_producer, action="decrease")
-            load(kernel, v_is_late=False)
-
-        @pl.when(wg < num_wgs)
-        def _():
-            if of_producer is not None:
-                plgpu.set_max_registers(of_consumer, action="increase")
-            _compute(kernel, wg)
+        kernel = Kernel(spec, config, walk, gmem, *split(smem, Copied, spec), dq_gmem, delta_gmem)
+        kernel.run(partial(load, kernel, v_is_late=False), partial(_compute, kernel))
 
     of_dq = spec.batch, spec.q_len, spec.num_q_heads, spec.head_dim
     dq, delta = plgpu.kernel(
@@ -165,14 +149,10 @@ def dq_and_delta(
         ),
         grid=(assigned.tiles.shape[0],),
         grid_names=("block",),
-        num_threads=num_wgs + 1,
+        num_threads=config.num_warpgroups + 1,
         thread_name="wg",
         scratch_types=(storage(spec, config),),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            reduction_scratch_bytes=REDUCTION_SCRATCH_BYTES,
-        ),
+        compiler_params=COMPILER_PARAMS,
     )(inputs)
     return out_of_gmem(dq, spec.head_dim), delta[..., : spec.q_len]
 
@@ -278,21 +258,12 @@ def _step(
         are_kept = weights.p >= 0.0 if spec.dropout is not None else None
         x = weight_factors(part, are_kept, dp, rows.delta)
         ds = (weights.scores * x).astype(spec.dtype)
-        _add_product(kernel, dq_acc, ds, smem.k.at[stage])
+        add_product(dq_acc, ds, smem.k.at[stage], query_columns(spec).tile)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(smem.k_free.at[stage])
 
     scores = accumulator(WG_ROWS, kernel.config.block_kv)
     pl.run_scoped(products, scores, scores)
-
-
-def _add_product(kernel: Kernel, dq_acc: Any, ds: Any, k_smem: Any) -> None:
-    """Issues ``dq_acc += ds @ k``."""
-    tile = query_columns(kernel.spec).tile
-    if kernel.config.block_kv % tile == 0:
-        plgpu.wgmma(dq_acc, ds, k_smem)
-    else:
-        add_product(dq_acc, ds, k_smem, tile)
 
 
 def _finish(kernel: Kernel, wg: Any, tile: Tile, rows: Rows, dq_acc: Any) -> None:

@@ -62,6 +62,20 @@ class Tile(NamedTuple):
         return Tile(whole, self.pieces.at[pl.ds(nth * count, count)])
 
 
+def split(smem: Any, of: Any, spec: Any) -> tuple[Any, Any]:
+    """What a kernel has allocated, with whole tiles, and how those are copied that `of` names.
+
+    smem, of: named tuples; k and v are as long as the keys, other tiles as the queries.
+    """
+    tiles = {}
+    for name in of._fields:
+        allocated = getattr(smem, name)
+        length = spec.kv_len if name in ("k", "v") else spec.q_len
+        tiles[name] = None if allocated is None else Tile.of(allocated, length)
+    whole = {name: None if tile is None else tile.whole for name, tile in tiles.items()}
+    return smem._replace(**whole), of(**tiles)
+
+
 def copied(
     shape: tuple[int, ...], dtype: Any, columns: Columns, length: int, part: int | None = None
 ) -> Any:

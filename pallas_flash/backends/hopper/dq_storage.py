@@ -91,16 +91,3 @@ class Copied(NamedTuple):
     dout: Tile
     k: Tile
     v: Tile
-
-
-def split(spec: AttentionSpec, smem: Storage) -> tuple[Storage, Copied]:
-    """What `storage` has allocated, with whole tiles, and how these are copied."""
-    tiles = Copied(
-        q=Tile.of(smem.q, spec.q_len),
-        out=Tile.of(smem.out, spec.q_len),
-        dout=Tile.of(smem.dout, spec.q_len),
-        k=Tile.of(smem.k, spec.kv_len),
-        v=Tile.of(smem.v, spec.kv_len),
-    )
-    whole = {name: tile.whole for name, tile in tiles._asdict().items()}
-    return smem._replace(**whole), tiles

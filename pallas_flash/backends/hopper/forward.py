@@ -6,25 +6,22 @@ FlashAttention-3 (Shah et al. 2024), section 3.1. One warpgroup loads by TMA, th
 scores that it is compared with are multiplied by ``scale * LOG2_E``.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_flash.backends.hopper import masking
 from pallas_flash.backends.hopper.config import Config, ForwardConfig
-from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem, shape_in_gmem
+from pallas_flash.backends.hopper.copies import in_gmem, out_of_gmem, shape_in_gmem, split
 from pallas_flash.backends.hopper.forward_compute import compute
 from pallas_flash.backends.hopper.forward_kernel import Inputs, Kernel
 from pallas_flash.backends.hopper.forward_load import load
 from pallas_flash.backends.hopper.forward_storage import (
-    REDUCTION_SCRATCH_BYTES,
-    REGISTERS,
+    Copied,
     query_columns,
-    split,
     storage,
     tiling,
     value_columns,
@@ -32,14 +29,9 @@ from pallas_flash.backends.hopper.forward_storage import (
 from pallas_flash.backends.hopper.forward_walk import Walk, plan
 from pallas_flash.backends.hopper.leaves import Terms, spelled_out, with_numbers
 from pallas_flash.backends.hopper.padding import Source, unused_keys, without_unused
+from pallas_flash.backends.hopper.query_kernel import COMPILER_PARAMS
 from pallas_flash.backends.hopper.storage import round_up
 from pallas_flash.spec import AttentionSpec, Operands
-
-COMPILER_PARAMS = plgpu.CompilerParams(
-    approx_math=True,
-    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-    reduction_scratch_bytes=REDUCTION_SCRATCH_BYTES,
-)
 
 
 def forward(spec: AttentionSpec, config: Config, operands: Operands) -> tuple[Any, Any]:
@@ -66,24 +58,10 @@ def _launch(
     spec: AttentionSpec, config: ForwardConfig, walk: Walk, inputs: Inputs
 ) -> tuple[Any, Any]:
     """out as it is copied, and lse over whole tiles."""
-    num_wgs = config.num_warpgroups
-    of_producer, of_consumer = REGISTERS[num_wgs]
 
     def flash_attention_forward(gmem, out_gmem, lse_gmem, smem):
-        kernel = Kernel(spec, config, walk, gmem, *split(spec, smem), out_gmem, lse_gmem)
-        wg = lax.axis_index("wg")
-
-        @pl.when(wg == num_wgs)
-        def _():
-            if of_producer is not None:
-                plgpu.set_max_registers(of_producer, action="decrease")
-            load(kernel, v_is_late=True)
-
-        @pl.when(wg < num_wgs)
-        def _():
-            if of_producer is not None:
-                plgpu.set_max_registers(of_consumer, action="increase")
-            compute(kernel, wg)
+        kernel = Kernel(spec, config, walk, gmem, *split(smem, Copied, spec), out_gmem, lse_gmem)
+        kernel.run(partial(load, kernel, v_is_late=True), partial(compute, kernel))
 
     of_out = spec.batch, spec.q_len, spec.num_q_heads, spec.value_dim
     columns = value_columns(spec)
@@ -97,7 +75,7 @@ def _launch(
         ),
         grid=(inputs.assigned.tiles.shape[0],),
         grid_names=("block",),
-        num_threads=num_wgs + 1,
+        num_threads=config.num_warpgroups + 1,
         thread_name="wg",
         scratch_types=(storage(spec, config),),
         compiler_params=COMPILER_PARAMS,

@@ -163,7 +163,7 @@ def _step(kernel: Kernel, wg: Any, q: Any, t: Any, state: State, acc: Any, part:
         _take_turn(kernel, wg)
         set_product(s_acc, q, smem.k.at[k_stage], query_columns(kernel.spec).tile)
         plgpu.barrier_wait(smem.v_ready.at[v_stage])
-        _add_product(kernel, acc, state.p, smem.v.at[v_stage])
+        add_product(acc, state.p, smem.v.at[v_stage], value_columns(kernel.spec).tile)
         _pass_turn(kernel, wg)
         s = load_accumulator(s_acc, wait_n=1)
         terms = _terms(kernel, wg, k_stage, part)
@@ -191,20 +191,11 @@ def _rescaled(kernel: Kernel, out: Any, alpha: Any) -> Any:
     return out * widen_rows(alpha, out.shape)
 
 
-def _add_product(kernel: Kernel, acc: Any, p: Any, v_smem: Any) -> None:
-    """Issues ``acc += p @ v``."""
-    tile = value_columns(kernel.spec).tile
-    if kernel.config.block_kv % tile == 0:
-        plgpu.wgmma(acc, p, v_smem)
-    else:
-        add_product(acc, p, v_smem, tile)
-
-
 def _multiply_last(kernel: Kernel, tile: Tile, first_step: Any, state: State, acc: Any) -> None:
     """Adds the product with V of a tile's last step."""
     smem, stage = kernel.smem, kernel.stage(first_step + tile.num_steps - 1)
     plgpu.barrier_wait(smem.v_ready.at[stage])
-    _add_product(kernel, acc, state.p, smem.v.at[stage])
+    add_product(acc, state.p, smem.v.at[stage], value_columns(kernel.spec).tile)
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(smem.v_free.at[stage])
 

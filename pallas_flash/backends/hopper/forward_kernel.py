@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Kernel(QueryKernel):
-    """One launch; gmem: `Inputs`, smem: `forward_storage.Storage`, copied: of its `split`."""
+    """One launch; gmem: `Inputs`, smem: `forward_storage.Storage`, copied: its `Copied`."""
 
     out_gmem: Any
     lse_gmem: Any

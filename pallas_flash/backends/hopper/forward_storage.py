@@ -122,20 +122,3 @@ class Copied(NamedTuple):
     k: Tile
     v: Tile
     out: Tile | None
-
-
-def split(spec: AttentionSpec, smem: Storage) -> tuple[Storage, Copied]:
-    """What `storage` has allocated, with whole tiles, and how these are copied."""
-    tiles = Copied(
-        q=Tile.of(smem.q, spec.q_len),
-        k=Tile.of(smem.k, spec.kv_len),
-        v=Tile.of(smem.v, spec.kv_len),
-        out=None if smem.out is None else Tile.of(smem.out, spec.q_len),
-    )
-    whole = smem._replace(
-        q=tiles.q.whole,
-        k=tiles.k.whole,
-        v=tiles.v.whole,
-        out=None if tiles.out is None else tiles.out.whole,
-    )
-    return whole, tiles

@@ -124,11 +124,14 @@ def _first_instruction(a_descriptor: Any, b_descriptor: Any, columns: int, eleme
 
 
 def add_product(acc: Any, a: Any, b_smem: Any, tile: int) -> None:
-    """Issues ``acc += a @ b`` like `plgpu.wgmma`, for any multiple of 16 rows of `b`.
+    """Issues ``acc += a @ b`` for any multiple of 16 rows of `b`.
 
-    Pallas wants as many rows, or a multiple, as a swizzle tile has columns. a: 16-bit numbers in
-    registers, [64, rows of b]; tile: columns of a swizzle tile of `b`.
+    `plgpu.wgmma` wants as many rows, or a multiple, as a swizzle tile has columns. a: 16-bit
+    numbers in registers, [64, rows of b]; tile: columns of a swizzle tile of `b`.
     """
+    if b_smem.shape[0] % tile == 0:
+        plgpu.wgmma(acc, a, b_smem)
+        return
     b_type, swizzle = _in_tiles(a.dtype, tile)
     result = plgpu.ShapeDtypeStruct(acc.shape, jnp.dtype(jnp.float32), layout=MATRIX)
 

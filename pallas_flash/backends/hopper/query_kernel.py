@@ -1,6 +1,7 @@
 """Kernels whose blocks own queries, past which K and V stream: the forward, and the one for dQ."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -10,13 +11,24 @@ from jax import lax
 
 from pallas_flash.backends.hopper import masking
 from pallas_flash.backends.hopper.config import ForwardConfig
-from pallas_flash.backends.hopper.forward_storage import WG_ROWS, tiling
+from pallas_flash.backends.hopper.forward_storage import (
+    REDUCTION_SCRATCH_BYTES,
+    REGISTERS,
+    WG_ROWS,
+    tiling,
+)
 from pallas_flash.backends.hopper.forward_walk import Tile, Walk
 from pallas_flash.backends.hopper.leaves import Terms
 from pallas_flash.backends.hopper.scores import Part, Zone
 from pallas_flash.backends.hopper.tile_arrays import Place, read_rows
 from pallas_flash.backends.hopper.tiling import Tiling
 from pallas_flash.spec import AttentionSpec
+
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+    reduction_scratch_bytes=REDUCTION_SCRATCH_BYTES,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +49,23 @@ class QueryKernel:
     @property
     def tiling(self) -> Tiling:
         return tiling(self.spec, self.config)
+
+    def run(self, load: Callable[[], None], compute: Callable[[Any], None]) -> None:
+        """``load()`` by the last warpgroup, ``compute(wg)`` by the others."""
+        wg, num_wgs = lax.axis_index("wg"), self.config.num_warpgroups
+        of_producer, of_consumer = REGISTERS[num_wgs]
+
+        @pl.when(wg == num_wgs)
+        def _():
+            if of_producer is not None:
+                plgpu.set_max_registers(of_producer, action="decrease")
+            load()
+
+        @pl.when(wg < num_wgs)
+        def _():
+            if of_producer is not None:
+                plgpu.set_max_registers(of_consumer, action="increase")
+            compute(wg)
 
     def stage(self, step: Any) -> Any:
         """Where in SMEM the keys or values of a step lie, counted over all tiles of a block."""
