@@ -229,6 +229,11 @@ def test_arrays_that_do_not_fit_beside_out_and_q_have_none():
     assert "has beside it a kernel for dQ, which needs" in misfit(spec, alone)
 
 
+def test_the_kernel_for_dq_takes_no_turns():
+    with pytest.raises(ValueError, match="takes_turns=True must be False in the kernel for dQ"):
+        DqConfig(2, 64, 2, 1, takes_turns=True, heads_per_group=1)
+
+
 def test_shared_keys_have_no_kernel_for_dq():
     with pytest.raises(ValueError, match="has_dq_kernel=True needs block_kv=64 to be 128"):
         BackwardConfig(64, 64, 2, 2, 1, True)

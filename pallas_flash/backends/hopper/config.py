@@ -155,7 +155,16 @@ def default_forward_config(spec: AttentionSpec) -> ForwardConfig:
 
 
 class DqConfig(ForwardConfig):
-    """How the kernel for dQ alone cuts its work: as the forward does, but it takes no turns."""
+    """How the kernel for dQ alone cuts its work: as the forward does.
+
+    Raises:
+      ValueError: where `ForwardConfig` does, and if takes_turns: this kernel has none.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.takes_turns:
+            raise ValueError(f"takes_turns={self.takes_turns} must be False in the kernel for dQ")
 
     def shared_memory_bytes(self, spec: AttentionSpec) -> int:
         """SMEM of a block, from what the kernel allocates."""
