@@ -127,8 +127,8 @@ def wgmma(
 
 
 @gpu_callbacks.fail_on_exception
-def multiply_add(*, token, thread, refs, source_info, acc=None, a=None):
-    """``acc + a @ b`` of one ref, b, or ``a @ b.T`` of two."""
+def multiply_add(*, token, thread, refs, source_info, acc=None, a=None, over_rows=False):
+    """``acc + a @ b`` of one ref, b, or the sum of ``a @ b.T`` of pairs, or ``a.T @ b``."""
     memory = gpu_callbacks._get_shared_memory()
     operands, reads = [], []
     for key, transforms in refs:
@@ -139,8 +139,9 @@ def multiply_add(*, token, thread, refs, source_info, acc=None, a=None):
     products_in_flight[thread].append(reads)
     operands = [np.asarray(x).astype(np.float32) for x in operands]
     if a is None:
-        a, b = operands
-        return token, np.matmul(a, b.T)
+        pairs = zip(operands[::2], operands[1::2], strict=True)
+        products = [np.matmul(a.T, b) if over_rows else np.matmul(a, b.T) for a, b in pairs]
+        return token, sum(products)
     (b,) = operands
     return token, np.asarray(acc) + np.matmul(np.asarray(a).astype(np.float32), b)
 
@@ -223,23 +224,11 @@ def interpret_inline_mgpu(self, eqn, token, args):
             add_fragments, gpu_callbacks.TOKEN_SHAPE_DTYPE, **common, **of_ref, value=values[0]
         )
         return token, []
-    if name == "store_numbers":
-        value = values[0].T
-        token, _ = gpu_callbacks.call_swap(
-            token=token,
-            result_shape_and_dtype=jax.ShapeDtypeStruct(value.shape, value.dtype),
-            mesh_location=self.mesh_location,
-            thread=self.thread,
-            allocation_key_as_array=ref,
-            transforms=transforms,
-            val=value,
-            mask=None,
-            source_info=eqn.source_info,
-        )
-        return token, []
     (aval,) = (var.aval for var in eqn.outvars)
-    if name in ("multiply", "multiply_add"):
-        emulation = functools.partial(multiply_add, source_info=eqn.source_info)
+    if name in ("multiply", "multiply_add", "multiply_over_rows"):
+        emulation = functools.partial(
+            multiply_add, source_info=eqn.source_info, over_rows=name == "multiply_over_rows"
+        )
         common |= {"refs": refs, **dict(zip(("acc", "a"), values, strict=False))}
     else:
         assert name == "load_fragments", f"no emulation of {name}"

@@ -22,18 +22,15 @@ from pallas_flash.backends.hopper import (
     backward_by_roles,
     backward_dq,
     backward_load,
-    backward_overlapped,
     backward_scores,
     default_config,
     dq_fragments,
 )
 from pallas_flash.backends.hopper.backward import backward
-from pallas_flash.backends.hopper.backward_storage import overlaps_steps
 from pallas_flash.backends.hopper.config import (
     BackwardConfig,
     Config,
     default_backward_config,
-    misfit,
 )
 from pallas_flash.backends.hopper.storage import SHARED_MEMORY_LIMIT
 from pallas_flash.masks.mask import kind_of
@@ -112,24 +109,24 @@ CASES = {
     "d64-one-stage-dq-by-columns": Case(
         150, 100, 1, 1, 64, 64, config=BackwardConfig(64, 128, 1, 1, 3, False)
     ),
-    "overlapped-d128": Case(328, 100, 1, 1, 128, 128),
-    "overlapped-d128-gqa-causal": Case(
+    "many-steps-d128": Case(328, 100, 1, 1, 128, 128),
+    "many-steps-d128-gqa-causal": Case(
         200, 200, 2, 1, 128, 128, batch=2, mask=pf.Causal(), allowed=causal
     ),
-    "overlapped-d104-value-dim-40-lengths": Case(
+    "dp-after-s-d104-value-dim-40-lengths": Case(
         72, 130, 1, 1, 104, 40, mask=pf.KvLengths(lengths(70)),
         allowed=lambda q, k: k < below(70),
     ),
-    "80-queries-d128": Case(
-        328, 104, 1, 1, 128, 128, config=BackwardConfig(80, 128, 2, 2, 1, False)
+    "128-queries-d64": Case(
+        328, 104, 1, 1, 64, 64, config=BackwardConfig(128, 128, 2, 2, 1, True)
     ),
-    "80-queries-d128-value-dim-80-gqa-causal": Case(
-        250, 130, 2, 1, 128, 80, mask=pf.Causal(), allowed=causal,
-        config=BackwardConfig(80, 128, 2, 2, 1, False),
+    "128-queries-d64-value-dim-48-gqa-causal": Case(
+        250, 130, 2, 1, 64, 48, mask=pf.Causal(), allowed=causal,
+        config=BackwardConfig(128, 128, 2, 2, 1, True),
     ),
-    "96-queries-d120-lengths": Case(
-        210, 130, 1, 1, 120, 64, mask=pf.KvLengths(lengths(70)), allowed=lambda q, k: k < below(70),
-        config=BackwardConfig(96, 128, 1, 1, 1, False),
+    "128-queries-d40-lengths": Case(
+        210, 130, 1, 1, 40, 64, mask=pf.KvLengths(lengths(70)), allowed=lambda q, k: k < below(70),
+        config=BackwardConfig(128, 128, 1, 1, 1, False),
     ),
 }  # fmt: skip
 
@@ -142,14 +139,14 @@ QUICK = [
     "causal-and-lengths-gqa",
     "f16-value-dim-192",
     "d200-lengths",
-    "overlapped-d128-gqa-causal",
+    "many-steps-d128-gqa-causal",
     "d64-one-stage-dq-by-columns",
 ]
 
 # Queries or keys without partner, some of them in a block that is visited.
 WITH_PADDING = ["causal-and-lengths-gqa", "d200-lengths", "more-keys-d80-causal"]
-WITH_PADDING += ["not-causal-square", "96-queries-d120-lengths"]
-WITH_PADDING += ["overlapped-d104-value-dim-40-lengths"]
+WITH_PADDING += ["not-causal-square", "128-queries-d40-lengths"]
+WITH_PADDING += ["dp-after-s-d104-value-dim-40-lengths"]
 
 
 class Problem(NamedTuple):
@@ -234,25 +231,25 @@ def test_gradients_match_the_oracle_without_races(name):
 
 
 @interpreted
-def test_score_mods_with_80_queries_give_what_64_give():
+def test_score_mods_with_128_queries_give_what_64_give():
     rng = np.random.default_rng(0)
     q, k, v, dout = (
-        jnp.asarray(rng.normal(size=(1, n, 1, 128)), jnp.bfloat16) for n in (170, 100, 100, 170)
+        jnp.asarray(rng.normal(size=(1, n, 1, 64)), jnp.bfloat16) for n in (170, 100, 100, 170)
     )
     operands = Operands(q, k, v, None, pf.Softcap(2.0))
     spec = AttentionSpec.of(operands, 0.1)
     row = jnp.full((1, 1, 170), 5.0, jnp.float32)
     residuals = jnp.zeros_like(dout), row, dout, -row
     found = []
-    for block_q in (64, 80):
-        config = with_backward(spec, BackwardConfig(block_q, 128, 2, 2, 1, False))
+    for block_q in (64, 128):
+        config = with_backward(spec, BackwardConfig(block_q, 128, 2, 2, 1, True))
         results, races = interpret(Problem(spec, config, operands, residuals, None, None))
         assert not races
         found.append(results[:3])
-    for of_64, of_80 in zip(*found, strict=True):
-        of_64, of_80 = (np.asarray(x, np.float32) for x in (of_64, of_80))
+    for of_64, of_128 in zip(*found, strict=True):
+        of_64, of_128 = (np.asarray(x, np.float32) for x in (of_64, of_128))
         assert np.abs(of_64).max() > 0.1
-        np.testing.assert_allclose(of_80, of_64, rtol=2**-7, atol=2**-7 * np.abs(of_64).max())
+        np.testing.assert_allclose(of_128, of_64, rtol=2**-7, atol=2**-7 * np.abs(of_64).max())
 
 
 @interpreted
@@ -300,7 +297,6 @@ MODULES = {
     "backward_by_keys": backward_by_keys,
     "backward_by_roles": backward_by_roles,
     "backward_dq": backward_dq,
-    "backward_overlapped": backward_overlapped,
     "dq_fragments": dq_fragments,
 }
 GUARDS = ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
@@ -309,13 +305,14 @@ GUARDS = ("barrier_wait", "commit_smem", "wait_smem_to_gmem")
 def guards():
     """Every call of a guard in the kernels' modules: (module name, function, guard, line).
 
-    `_drain` is left out: only the book-keeping of 0.11.2's interpret mode needs it.
+    `_drain` is left out: only the book-keeping of 0.11.2's interpret mode needs it; and the loading
+    warpgroup's wait for K: to interpret mode the arrival of the first dS tells that K is there.
     """
     for name, module in MODULES.items():
         for function in ast.parse(inspect.getsource(module)).body:
             for node in ast.walk(function):
                 called = getattr(node.func, "attr", None) if isinstance(node, ast.Call) else None
-                if called in GUARDS and function.name != "_drain":
+                if called in GUARDS and function.name not in ("_drain", "_load_and_add"):
                     yield name, function.name, called, node.lineno
 
 
@@ -357,7 +354,7 @@ def mutation_problem(block_kv: int, module: str = "", function: str = "") -> Pro
     module, function: what is mutated; it may be there for bands of near tiles alone.
     """
     config = BackwardConfig(64, block_kv, 2, 1, 2, False)
-    q_len, dim = (296, 128) if module == "backward_overlapped" else (300, 32)
+    q_len, dim = 300, 32
     q, k = jnp.ones((1, q_len, 3, dim), jnp.bfloat16), jnp.ones((1, 60, 1, dim), jnp.bfloat16)
     of_scores = jnp.ones((1, 1, q_len, 60))
     mask = pf.KvLengths(lengths(50)) & pf.DenseMask(of_scores > 0) & OfHeads(lengths(1, 0, 0)[None])
@@ -367,18 +364,13 @@ def mutation_problem(block_kv: int, module: str = "", function: str = "") -> Pro
         mod = pf.RelativeBias(jnp.ones((1, 8)), max_distance=40).bind(q_len, 60)
         # Or the producer waits for the end of the step before.
         config = dataclasses.replace(config, num_dout_stages=2)
-    if module in ("backward_dq", "backward_overlapped"):
-        # The gradients of matrices wait for dQ, too.
-        mod = None
     operands = Operands(q, k, k, mask, mod)
     row = jnp.ones((1, 3, q_len), jnp.float32)
     spec = AttentionSpec.of(operands, 0.1)
     return Problem(spec, with_backward(spec, config), operands, (q, row, q, row), None, None)
 
 
-@pytest.mark.parametrize(
-    "of", [(64,), (128,), (128, "", "_load_near"), (128, "backward_overlapped")], ids=str
-)
+@pytest.mark.parametrize("of", [(64,), (128,), (128, "", "_load_near")], ids=str)
 def test_the_kernel_that_is_mutated_below_has_no_races(of):
     assert not interpret(mutation_problem(*of))[1]
 
@@ -450,17 +442,10 @@ def test_masks_lower_for_cuda(head_dim, mask):
 
 @pytest.mark.quick
 @pytest.mark.parametrize("mask", [None, pf.Causal()], ids=["full", "causal"])
-@pytest.mark.parametrize(("block_q", "value_dim"), [(80, 128), (96, 80)])
-def test_numbers_of_queries_that_are_no_multiple_of_64_lower_for_cuda(block_q, mask, value_dim):
-    arrays = described(128, value_dim, mask, q_len=250)
-    assert "mosaic_gpu" in lowers(arrays, BackwardConfig(block_q, 128, 1, 1, 1, False))
-
-
-def test_transposed_dq_needs_head_dim_128():
-    config = BackwardConfig(80, 128, 2, 2, 1, False)
-    for head_dim, reason in ((128, None), (64, "block_q=80 needs head_dim 128, this is 64")):
-        spec = AttentionSpec.of(described(head_dim, head_dim)[0], 0.1)
-        assert misfit(spec, config) == reason
+@pytest.mark.parametrize("has_dq_kernel", [False, True])
+def test_tiles_of_128_queries_lower_for_cuda(has_dq_kernel, mask):
+    arrays = described(64, 48, mask, q_len=250)
+    assert "mosaic_gpu" in lowers(arrays, BackwardConfig(128, 128, 1, 1, 1, has_dq_kernel))
 
 
 def test_more_than_2_to_31_elements_lower_for_cuda():
@@ -476,39 +461,6 @@ def test_default_configs_fit_shared_memory():
             spec = AttentionSpec.of(operands, 0.1)
             config = default_backward_config(spec)
             assert config.shared_memory_bytes(spec) <= SHARED_MEMORY_LIMIT, (head_dim, value_dim)
-
-
-@pytest.mark.parametrize(
-    ("length", "mask", "deterministic", "block_q"),
-    [
-        (4096, None, False, 80),
-        (1000, None, False, 80),
-        # Of its seven tiles the last would be mostly empty.
-        (512, None, False, 64),
-        (4096, pf.Causal(), False, 64),
-        (4096, None, True, 64),
-    ],
-)
-def test_80_queries_where_they_were_faster(length, mask, deterministic, block_q):
-    operands = described(128, 128, mask, q_len=length, kv_len=length)[0]
-    spec = AttentionSpec.of(operands, 0.1, deterministic)
-    assert default_backward_config(spec).block_q == block_q
-
-
-@pytest.mark.parametrize(
-    ("length", "head_dim", "dtype", "overlaps"),
-    [
-        (4096, 128, jnp.bfloat16, True),
-        # ptxas would serialise all products.
-        (4096, 128, jnp.float16, False),
-        (4095, 128, jnp.bfloat16, False),
-        (4096, 96, jnp.bfloat16, False),
-    ],
-)
-def test_steps_overlap_where_they_were_faster(length, head_dim, dtype, overlaps):
-    sizes = {"dtype": dtype, "q_len": length, "kv_len": length}
-    spec = AttentionSpec.of(described(head_dim, head_dim, pf.Causal(), **sizes)[0], 0.1)
-    assert overlaps_steps(spec, default_backward_config(spec)) == overlaps
 
 
 def test_as_many_heads_side_by_side_as_run_at_a_time():
@@ -529,10 +481,8 @@ def test_shared_memory_is_what_pallas_requests():
 
 
 def test_bad_configs_are_refused():
-    with pytest.raises(ValueError, match="block_q=72 must be a multiple of 16 from 64 to 128"):
+    with pytest.raises(ValueError, match="block_q=72 must be 64 or 128"):
         BackwardConfig(72, 128, 2, 2, 1, False)
-    with pytest.raises(ValueError, match="block_q=96 must be 64 or 128 where block_kv=64"):
-        BackwardConfig(96, 64, 2, 2, 1, False)
     with pytest.raises(ValueError, match="block_kv=96 must be 64 or 128"):
         BackwardConfig(64, 96, 2, 2, 1, False)
     with pytest.raises(ValueError, match="num_q_stages=0 must be at least 1"):

@@ -135,7 +135,7 @@ def operands(multiply, rows: int, columns: int, tile: int) -> list[tuple[int, ..
 )
 def test_a_product_that_sets_its_result_reads_as_that_of_pallas(rows, columns, tile):
     def own(acc, a, b):
-        products.set_product(acc, a, b, tile)
+        products.set_product(acc, products.Pair(a, b, tile))
 
     def of_pallas(acc, a, b):
         plgpu.wgmma(acc, a, b.transpose((1, 0)))
@@ -146,5 +146,6 @@ def test_a_product_that_sets_its_result_reads_as_that_of_pallas(rows, columns, t
 
 
 def test_a_product_that_sets_its_result_has_64_rows():
+    pair = products.Pair(jnp.zeros((128, 64)), jnp.zeros((64, 64)), 64)
     with pytest.raises(ValueError, match=r"acc.shape=\(128, 64\) must have 64 rows"):
-        products.set_product(jnp.zeros((128, 64)), jnp.zeros((128, 64)), jnp.zeros((64, 64)), 64)
+        products.set_product(jnp.zeros((128, 64)), pair)

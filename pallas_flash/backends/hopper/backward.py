@@ -26,6 +26,7 @@ from pallas_flash.backends.hopper import (
     dq_fixed_point,
     dq_fragments,
     masking,
+    row_starts,
 )
 from pallas_flash.backends.hopper.backward_kernel import (
     Block,
@@ -42,6 +43,7 @@ from pallas_flash.backends.hopper.backward_storage import (
     dp_starts_from_rows,
     dq_dtype,
     query_columns,
+    registers,
     s_starts_from_rows,
     seen,
     storage,
@@ -62,9 +64,6 @@ from pallas_flash.backends.hopper.storage import LOG2_E, divmod_of, locate, roun
 from pallas_flash.masks.schedule import FIRST, FULL_FIRST, FULL_LAST, LAST, Blocks, q_schedule
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import floating
-
-# Registers a thread: 128 * (24 + 2 * 240) stay within the 64 K of an SM.
-PRODUCER_REGISTERS, MATH_REGISTERS = 24, 240
 
 
 def _compiler_params(config: BackwardConfig) -> plgpu.CompilerParams:
@@ -99,7 +98,7 @@ def backward(
     else:
         delta = delta_of(out, dout, dlse)
     spec, operands = seen(spelled_out(spec), tiles), seen(with_numbers(operands), tiles)
-    qk, vo = query_columns(spec, tiles), value_columns(spec)
+    qk, vo = query_columns(spec), value_columns(spec)
     runs, schedule = _schedule(spec, tiles, operands.mask)
     # P and dS are 0 there, but 0 * NaN would reach dK and dV.
     unused = lse == -jnp.inf if may_hold_padding(spec) else None
@@ -110,16 +109,21 @@ def backward(
         factors = dq_fixed_point.factors(spec, operands, lse, delta, dout)
         factors = dq_fixed_point.over_whole_tiles(factors, tiles.block_q)
     lse_log2, delta = _per_query_terms(lse, delta, tiles.block_q)
+    starts = selectors = s_start = dp_start = None
     if s_starts_from_rows(spec, tiles):
-        lse_log2 = lse_log2 / -(spec.scale * LOG2_E)
+        s_start, lse_log2 = lse_log2 / -(spec.scale * LOG2_E), None
     if dp_starts_from_rows(spec, tiles):
-        delta = -delta
+        dp_start, delta = -delta, None
+    if s_start is not None or dp_start is not None:
+        starts, selectors = row_starts.columns_of(s_start, dp_start), row_starts.selectors()
     inputs = GlobalRefs(
         q=without_unused(in_gmem(operands.q, qk), unused, qk, tiles.block_q),
         k=in_gmem(operands.k, qk),
         v=in_gmem(operands.v, vo),
         dout=without_unused(in_gmem(dout.astype(spec.dtype), vo), unused, vo, tiles.block_q),
         lse_log2=lse_log2,
+        starts=starts,
+        selectors=selectors,
         delta=delta,
         schedule=schedule,
         terms=Terms(*map(tiling(spec, tiles).in_gmem, Terms.of(operands))),
@@ -131,8 +135,7 @@ def backward(
     dq_sum, dk, dv, of_arrays = _launch(spec, tiles, runs, inputs)
     dk, dv = out_of_gmem(dk, spec.head_dim), out_of_gmem(dv, spec.value_dim)
     if dq is None:
-        dq_sums = dq_fragments if tiles.shares_keys else backward_by_keys
-        dq = dq_sums.dq_of_sum(spec, tiles, dq_sum, factors)
+        dq = dq_fragments.dq_of_sum(spec, tiles, dq_sum, factors)
     if factors is not None:
         dq = dq_fixed_point.with_overflows(spec, dq, dk)
     of_seen = array_gradients.folded(tiling(spec, tiles), operands.score_mod, of_arrays)
@@ -169,7 +172,7 @@ def _schedule(spec: AttentionSpec, config: BackwardConfig, mask: Any) -> tuple[R
     return Runs(has_any[0] or has_empty, *has_any[1:]), jnp.asarray(bounds)
 
 
-def _per_query_terms(lse: Any, delta: Any, block_q: int) -> tuple[Any, Any]:
+def _per_query_terms(lse: Any, delta: Any, block_q: int) -> Any:
     """lse in base 2 and delta, over whole tiles. Rows without weight get lse = inf, so P = 0."""
     rows = round_up(lse.shape[-1], block_q) - lse.shape[-1]
     pad = ((0, 0), (0, 0), (0, rows))
@@ -193,6 +196,7 @@ def _launch(
     And what the gradients of the score mod's arrays are folded from.
     """
     compute = backward_by_roles.compute if config.shares_keys else backward_by_keys.compute
+    of_loader, of_math = registers(config)
     num_kv_tiles = pl.cdiv(spec.kv_len, config.block_kv)
     num_heads = spec.batch * spec.num_kv_heads
 
@@ -212,12 +216,12 @@ def _launch(
 
         @pl.when(wg == NUM_MATH_WGS)
         def _():
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+            plgpu.set_max_registers(of_loader, action="decrease")
             load_tiles(kernel)
 
         @pl.when(wg < NUM_MATH_WGS)
         def _():
-            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            plgpu.set_max_registers(of_math, action="increase")
             if smem.near_free is not None:
                 plgpu.barrier_arrive(smem.near_free.at[wg])
             with_keys = with_rows(kernel, wg)
@@ -253,14 +257,13 @@ def _launch(
         *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (inputs.k, inputs.v)),
         array_gradients.sums_in_gmem(tiling(spec, config)),
     )
-    dq_sums = dq_fragments if config.shares_keys else backward_by_keys
     # A state of its own, and no `jax.new_ref`: its effect would be seen outside, where
     # custom_partitioning and custom_jvp refuse effects. What `stored` begins with is never read.
     found = pl.run_state(launch)(
         _Results(
             None
             if config.has_dq_kernel
-            else jnp.zeros(dq_sums.dq_sum_shape(spec, config), dq_dtype(spec)),
+            else jnp.zeros(dq_fragments.dq_sum_shape(spec, config), dq_dtype(spec)),
             array_gradients.zero_matrices(tiling(spec, config)),
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), stored),
         )

@@ -1,11 +1,8 @@
 """Backward for head dimensions up to 128: each of two warpgroups owns 64 keys, their dK and dV.
 
-P^T and dS^T feed dV and dK from registers. dS of both warpgroups goes through SMEM into one dQ
-product over all 128 keys, of which each warpgroup computes half: half the float32 traffic of two
-separate products. With 80 queries a step this product is transposed: what S^T, dP^T and dQ^T read
-of K and V, whatever the number of queries, is less for each of them. With 64 queries steps may
-overlap (`backward_overlapped`). Where another kernel computes dQ (`backward_by_queries`) the
-warpgroups share nothing.
+P^T and dS^T feed dV and dK from registers; the warpgroups share nothing. dS of both goes through
+SMEM to the one that loads, which adds to dQ (`backward_dq`), unless another kernel computes that
+(`backward_by_queries`).
 """
 
 from functools import partial
@@ -16,13 +13,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_flash.backends.hopper import (
-    array_gradients,
-    backward_dq,
-    backward_overlapped,
-    copies,
-    dq_fixed_point,
-)
+from pallas_flash.backends.hopper import array_gradients, backward_dq, copies, row_starts
 from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
 from pallas_flash.backends.hopper.backward_scores import (
     accumulator,
@@ -35,44 +26,21 @@ from pallas_flash.backends.hopper.backward_scores import (
     scores_part,
     scores_terms,
     scrub,
-    start_from,
     weight_factors,
     zero_accumulator,
 )
 from pallas_flash.backends.hopper.backward_storage import (
-    NUM_SCORE_STAGES,
     WG_KEYS,
+    dp_follows_s,
     dp_starts_from_rows,
-    dq_part,
-    overlaps_steps,
     query_columns,
     s_starts_from_rows,
     value_columns,
 )
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile
-from pallas_flash.backends.hopper.config import BackwardConfig
-from pallas_flash.backends.hopper.products import add_product, set_product
+from pallas_flash.backends.hopper.products import Pair, set_product
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor
-from pallas_flash.backends.hopper.storage import load_accumulator, tma_rows
-from pallas_flash.spec import AttentionSpec
-
-
-def dq_sum_shape(spec: AttentionSpec, config: BackwardConfig) -> tuple[int, ...]:
-    """[B, Tq, Hq, D] with whole tiles of rows and columns."""
-    columns = query_columns(spec, config).smem
-    return spec.batch, tma_rows(spec.q_len), spec.num_q_heads, columns
-
-
-def dq_of_sum(spec: AttentionSpec, config: BackwardConfig, dq_sum: Any, factors: Any) -> Any:
-    """dQ [B, Tq, Hq, D] in the spec's dtype, with its scale.
-
-    factors: [B, Hq, Tq over whole tiles] of a sum in fixed point, or None.
-    """
-    dq = dq_sum[:, : spec.q_len, :, : spec.head_dim]
-    if factors is not None:
-        units = dq_fixed_point.units(factors[..., : spec.q_len])
-        dq = dq.astype(jnp.float32) * units.swapaxes(1, 2)[..., None]
-    return (dq * spec.scale).astype(spec.dtype)
+from pallas_flash.backends.hopper.storage import load_accumulator
 
 
 def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
@@ -81,14 +49,11 @@ def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
     k, v = (tile.rows(wg, WG_KEYS) for tile in (kernel.copied.k, kernel.copied.v))
     plgpu.barrier_wait(smem.kv_ready)
     if may_hold_padding(kernel.spec):
-        # The other warpgroup first reads these rows of K after `ds_ready`.
+        # For dQ these rows of K are first read after `ds_ready`.
         scrub(k.whole)
         scrub(v.whole)
 
     def all_tiles(accs):
-        if overlaps_steps(kernel.spec, kernel.config):
-            backward_overlapped.all_tiles(kernel, wg, accs)
-            return
         step = partial(_step, kernel, wg, accs)
         no_sums = array_gradients.no_sums(kernel.spec, WG_KEYS)
         for_each_q_tile(kernel, step, no_sums, partial(_end_of_head, kernel, wg))
@@ -99,12 +64,8 @@ def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
             zero_accumulator(WG_KEYS, smem.v.shape[-1]),
         )
     )
-    # Only this warpgroup read these rows of V.
     _store(kernel, wg, dv * dropout_factor(kernel.spec), v, dv_gmem)
-    if smem.k_read is not None:
-        # K was read by both, in dQ.
-        plgpu.barrier_arrive(smem.k_read)
-        plgpu.barrier_wait(smem.k_read)
+    backward_dq.wait_for_last(kernel)
     _store(kernel, wg, dk * kernel.spec.scale, k, dk_gmem)
     plgpu.wait_smem_to_gmem(0)
 
@@ -130,15 +91,15 @@ def _end_of_head(kernel: Kernel, wg: Any, q_head: Any, sums: Any) -> Any:
 def _step(
     kernel: Kernel, wg: Any, accs: Any, t: Any, q_head: Any, q_tile: Any, sums: Any, zone: Zone
 ) -> Any:
-    """Adds one query tile's part to dK, dV (registers), dQ (memory) and the arrays' gradients.
+    """Adds one query tile's part to dK, dV (registers) and the arrays' gradients; hands dS over.
 
     sums: of the arrays' gradients over the queries of this head.
     """
     smem, config = kernel.smem, kernel.config
-    adds_dq = not config.has_dq_kernel
     dk_acc, dv_acc = accs
     s_starts = s_starts_from_rows(kernel.spec, config)
     dp_starts = dp_starts_from_rows(kernel.spec, config)
+    dp_follows = dp_follows_s(kernel.spec, config)
     is_tight = dp_starts or kernel.spec.dropout is not None
     if is_tight and config.block_q != 128 and dk_acc.shape[1] > 64:
         # Seemingly another one in every step: else ptxas keeps the places of all operands in
@@ -149,76 +110,63 @@ def _step(
     own = pl.ds(wg * WG_KEYS, WG_KEYS)
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
     q_smem, dout_smem = smem.q.at[q_slot], smem.dout.at[dout_slot]
-    ds_slot = stage(t, NUM_SCORE_STAGES)
     place = kernel.place(q_head, q_tile)
     own_place = place._replace(row_start=place.row_start + wg * WG_KEYS)
     queries = pl.ds(0, config.block_q)
     part = scores_part(kernel, own_place, (WG_KEYS, config.block_q), zone)
-    qk, vo = query_columns(kernel.spec, config), value_columns(kernel.spec)
+    qk, vo = query_columns(kernel.spec), value_columns(kernel.spec)
 
     def products(s_acc, dp_acc):
+        backward_dq.wait_for_place(kernel, t)
         plgpu.barrier_wait(smem.q_ready.at[q_slot])
-        if s_starts:
-            start_from(s_acc, smem.lse_log2.at[q_slot, queries])
-            plgpu.wgmma(s_acc, smem.k.at[own], q_smem.transpose((1, 0)))
-        else:
-            set_product(s_acc, smem.k.at[own], q_smem, qk.tile)
+        starts = [row_starts.pair(smem, row_starts.S, q_slot)] if s_starts else []
+        set_product(s_acc, Pair(smem.k.at[own], q_smem, qk.tile), *starts)
+        if not dp_follows:
+            product_dp(dp_acc)
+        return gradients(s_acc, dp_acc)
+
+    def product_dp(dp_acc):
         plgpu.barrier_wait(smem.dout_ready.at[dout_slot])
-        if dp_starts:
-            start_from(dp_acc, smem.delta.at[dout_slot, queries])
-            plgpu.wgmma(dp_acc, smem.v.at[own], dout_smem.transpose((1, 0)))
-        else:
-            set_product(dp_acc, smem.v.at[own], dout_smem, vo.tile)
-        if not adds_dq:
-            return gradients(s_acc, dp_acc, None)
-        dq_shape = dq_part(kernel.spec, config)
-        dq_acc = accumulator(*(dq_shape[::-1] if config.transposes_dq else dq_shape))
-        return pl.run_scoped(partial(gradients, s_acc, dp_acc), dq_acc)
+        starts = [row_starts.pair(smem, row_starts.DP, q_slot)] if dp_starts else []
+        set_product(dp_acc, Pair(smem.v.at[own], dout_smem, vo.tile), *starts)
 
     def lse_log2_of_tile():
         return None if s_starts else per_query(smem.lse_log2.at[q_slot, queries])
 
-    def gradients(s_acc, dp_acc, dq_acc):
+    def gradients(s_acc, dp_acc):
         if config.block_q == 64:
             # Early where there are registers: +7% at head_dim 128, H100, JAX 0.11.2.
             lse_log2 = lse_log2_of_tile()
-        s = load_accumulator(s_acc, wait_n=1)
+        s = load_accumulator(s_acc, wait_n=0 if dp_follows else 1)
         if config.block_q != 64:
             lse_log2 = lse_log2_of_tile()
         terms = scores_terms(kernel, t, part, own)
         weights = marked(terms, probabilities(kernel, part, terms, s, lse_log2))
         p = kept(terms, weights.p).astype(kernel.spec.dtype)
-        add_product(dv_acc, p, dout_smem, vo.tile)
+        if dp_follows:
+            product_dp(dp_acc)
+        plgpu.wgmma(dv_acc, p, dout_smem)
         dp = load_accumulator(dp_acc, wait_n=1)
         delta = None if dp_starts else per_query(smem.delta.at[dout_slot, queries])
         are_kept = weights.p >= 0.0 if kernel.spec.dropout is not None else None
         x = weight_factors(part, are_kept, dp, delta)
         # 0 where P is, since dP is finite there (`scrub`). Without the scale.
         ds = (weights.scores * x).astype(kernel.spec.dtype)
-        if adds_dq and config.transposes_dq:
-            smem.ds.at[ds_slot, :, own].transpose((1, 0))[...] = ds
-        elif adds_dq:
-            smem.ds.at[ds_slot, own][...] = ds
-        plgpu.commit_smem()
-        if adds_dq:
-            plgpu.barrier_arrive(smem.ds_ready.at[ds_slot])
-        add_product(dk_acc, ds, q_smem, qk.tile)
+        backward_dq.store(kernel, t, own, ds)
+        if not dp_follows:
+            # Ahead of the fence, which takes some hundred cycles: 2.43 ms for 2.54, 4 x 4096 x 32 x
+            # 64 full, 1.40 for 1.45 causal, but 2.16 for 2.11 at 16 x 128 full. H100, JAX 0.11.2.
+            plgpu.wgmma(dk_acc, ds, q_smem)
+        backward_dq.hand_over(kernel, t)
+        if dp_follows:
+            plgpu.wgmma(dk_acc, ds, q_smem)
         of_arrays = array_gradients_of(part, terms, s, jnp.abs(weights.p), x)
         refs = kernel.gmem.gradients, smem.gradients
         new_sums = array_gradients.add(kernel.tiling, *refs, wg, place, of_arrays, sums)
-        if not adds_dq:
-            plgpu.wgmma_wait(0)
-            free_stages(kernel, t)
-            return new_sums
-        # Early, as they come from memory.
-        factors = backward_dq.factors(kernel, wg, q_head, q_tile, dq_acc.shape)
-        plgpu.barrier_wait(smem.ds_ready.at[ds_slot])
-        backward_dq.product(kernel, wg, smem.ds.at[ds_slot], dq_acc)
         # Everything is awaited here: with products left in flight across the step ptxas runs out
         # of registers and serialises them all (its warning C7512).
-        dq = load_accumulator(dq_acc, wait_n=0)
+        plgpu.wgmma_wait(0)
         free_stages(kernel, t)
-        backward_dq.add(kernel, wg, q_head, q_tile, dq_fixed_point.as_added(dq, factors))
         return new_sums
 
     scores = accumulator(WG_KEYS, config.block_q)

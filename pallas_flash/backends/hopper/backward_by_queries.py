@@ -45,7 +45,7 @@ from pallas_flash.backends.hopper.forward_walk import (
 )
 from pallas_flash.backends.hopper.leaves import Terms, spelled_out, with_numbers
 from pallas_flash.backends.hopper.padding import unused_keys, without_unused
-from pallas_flash.backends.hopper.products import add_product, set_product
+from pallas_flash.backends.hopper.products import Pair, add_product, set_product
 from pallas_flash.backends.hopper.query_kernel import COMPILER_PARAMS, QueryKernel
 from pallas_flash.backends.hopper.scores import Zone
 from pallas_flash.backends.hopper.storage import (
@@ -243,9 +243,9 @@ def _step(
 
     def products(s_acc, dp_acc):
         plgpu.barrier_wait(smem.k_ready.at[stage])
-        set_product(s_acc, rows.q, smem.k.at[stage], query_columns(spec).tile)
+        set_product(s_acc, Pair(rows.q, smem.k.at[stage], query_columns(spec).tile))
         plgpu.barrier_wait(smem.v_ready.at[stage])
-        set_product(dp_acc, rows.dout, smem.v.at[stage], value_columns(spec).tile)
+        set_product(dp_acc, Pair(rows.dout, smem.v.at[stage], value_columns(spec).tile))
         s = load_accumulator(s_acc, wait_n=1)
         terms = kernel.terms(wg, stage, part)
         # Keys behind the end have K = V = 0, but P would be large where lse is small.

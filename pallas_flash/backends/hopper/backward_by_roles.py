@@ -1,11 +1,9 @@
 """Backward for head dimensions up to 256: two warpgroups share 64 keys, each owns one gradient.
 
 The first computes P and owns dV, the second dS and dK: so an accumulator of 64 x 256 fits into
-registers, and P^T and dS^T feed it from registers. P goes through SMEM to the second warpgroup; dS
-goes through SMEM into dQ, of which each computes half the columns and adds them to memory from its
-registers: while one is held up by that, the other goes on. The first one multiplies the dS of the
-step before, so that it need not wait for the second. If arrays of the score mod have gradients, the
-second one computes P by itself (`hands_p_over`).
+registers, and P^T and dS^T feed it from registers. P goes through SMEM to the second warpgroup, dS
+to the one that loads, which adds to dQ (`backward_dq`). If arrays of the score mod have gradients,
+the second one computes P by itself (`hands_p_over`).
 """
 
 from functools import partial
@@ -14,7 +12,7 @@ from typing import Any
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_flash.backends.hopper import array_gradients, copies, dq_fixed_point, dq_fragments
+from pallas_flash.backends.hopper import array_gradients, backward_dq, copies
 from pallas_flash.backends.hopper.backward_kernel import Kernel, may_hold_padding, stage
 from pallas_flash.backends.hopper.backward_scores import (
     Weights,
@@ -28,12 +26,7 @@ from pallas_flash.backends.hopper.backward_scores import (
     weight_factors,
     zero_accumulator,
 )
-from pallas_flash.backends.hopper.backward_storage import (
-    NUM_MATH_WGS,
-    NUM_SCORE_STAGES,
-    dq_part,
-    hands_p_over,
-)
+from pallas_flash.backends.hopper.backward_storage import hands_p_over, num_score_stages
 from pallas_flash.backends.hopper.backward_walk import for_each_q_tile, for_each_q_tile_alike
 from pallas_flash.backends.hopper.scores import Zone, dropout_factor, is_kept, keep
 from pallas_flash.backends.hopper.storage import MATRIX, load_accumulator
@@ -59,23 +52,20 @@ def compute(kernel: Kernel, wg: Any, dk_gmem: Any, dv_gmem: Any) -> None:
 
 
 def _own_dv(kernel: Kernel, dv_gmem: Any) -> None:
-    """The first warpgroup: P, dV and the left half of dQ."""
+    """The first warpgroup: P and dV."""
     smem = kernel.smem
-    zero = kernel.block.kv_tile * 0
 
     def all_tiles(dv_acc):
-        step = partial(_dv_step, kernel, dv_acc)
-        t, last = for_each_q_tile(kernel, step, (zero, zero))
-        _add_to_dq(kernel, 0, t - 1, *last)
+        steps, _ = for_each_q_tile(kernel, partial(_dv_step, kernel, dv_acc))
+        _wait_for_ds(kernel, steps - 1)
 
     dv = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.v.shape[-1]))
-    plgpu.barrier_arrive(smem.k_read)
-    # V was last read for dP, before the last `ds_ready`.
+    # V was last read for dP, before the last dS.
     _store(kernel, dv * dropout_factor(kernel.spec), kernel.copied.v, dv_gmem)
 
 
 def _own_dk(kernel: Kernel, dk_gmem: Any) -> None:
-    """The second warpgroup: dS, dK and the right half of dQ."""
+    """The second warpgroup: dS and dK."""
     smem = kernel.smem
 
     def all_tiles(dk_acc):
@@ -90,8 +80,7 @@ def _own_dk(kernel: Kernel, dk_gmem: Any) -> None:
             for_each_q_tile(kernel, step, no_sums, end_of_head)
 
     dk = pl.run_state(all_tiles)(zero_accumulator(kernel.config.block_kv, smem.k.shape[-1]))
-    # The first warpgroup reads K for its last dQ.
-    plgpu.barrier_wait(smem.k_read)
+    backward_dq.wait_for_last(kernel)
     _store(kernel, dk * kernel.spec.scale, kernel.copied.k, dk_gmem)
 
 
@@ -105,12 +94,12 @@ def _store(kernel: Kernel, value: Any, staging: copies.Tile, array_gmem: Any) ->
 
 
 def _dv_step(
-    kernel: Kernel, dv_acc: Any, t: Any, q_head: Any, q_tile: Any, before: Any, zone: Zone
-) -> Any:
-    """Adds one query tile's part to dV, and the tile's before to dQ."""
+    kernel: Kernel, dv_acc: Any, t: Any, q_head: Any, q_tile: Any, _: None, zone: Zone
+) -> None:
+    """Adds one query tile's part to dV."""
     smem, config = kernel.smem, kernel.config
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
-    slot = stage(t, NUM_SCORE_STAGES)
+    slot = stage(t, num_score_stages(kernel.spec, kernel.config))
     shape = config.block_kv, config.block_q
     part = scores_part(kernel, kernel.place(q_head, q_tile), shape, zone)
 
@@ -134,8 +123,15 @@ def _dv_step(
     plgpu.wgmma(dv_acc, p, smem.dout.at[dout_slot])
     plgpu.wgmma_wait(0)
     plgpu.barrier_arrive(smem.dout_free.at[dout_slot])
-    pl.when(t > 0)(lambda: _add_to_dq(kernel, 0, t - 1, *before))
-    return q_head, q_tile
+    # P of the step before has been read, in whose place that of the next one comes.
+    pl.when(t > 0)(lambda: _wait_for_ds(kernel, t - 1))
+
+
+def _wait_for_ds(kernel: Kernel, t: Any) -> None:
+    """Waits until the second warpgroup has made dS of step `t`."""
+    plgpu.barrier_wait(
+        kernel.smem.ds_ready.at[stage(t, num_score_stages(kernel.spec, kernel.config))]
+    )
 
 
 def _end_of_head(kernel: Kernel, q_head: Any, sums: Any) -> Any:
@@ -150,13 +146,13 @@ def _end_of_head(kernel: Kernel, q_head: Any, sums: Any) -> Any:
 def _dk_step(
     kernel: Kernel, dk_acc: Any, t: Any, q_head: Any, q_tile: Any, sums: Any, zone: Zone
 ) -> Any:
-    """Adds one query tile's part to dK, dQ and the gradients of the score mod's arrays.
+    """Adds one query tile's part to dK and the gradients of the score mod's arrays.
 
     sums: of these gradients over the queries of this head.
     """
     smem, config, dtype = kernel.smem, kernel.config, kernel.spec.dtype
     q_slot, dout_slot = stage(t, config.num_q_stages), stage(t, config.num_dout_stages)
-    slot = stage(t, NUM_SCORE_STAGES)
+    slot = stage(t, num_score_stages(kernel.spec, kernel.config))
     shape, own = (config.block_kv, config.block_q), pl.ds(0, config.block_kv)
     place, computes_p = kernel.place(q_head, q_tile), not hands_p_over(kernel.spec, config)
     zone = zone._replace(is_masked=zone.is_masked and computes_p)
@@ -184,15 +180,13 @@ def _dk_step(
         return (weights.scores * x).astype(dtype), added
 
     ds, sums = pl.run_scoped(gradients, accumulator(config.block_kv, config.block_q))
-    smem.ds.at[slot][...] = ds
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(smem.ds_ready.at[slot])
+    backward_dq.wait_for_place(kernel, t)
+    backward_dq.store(kernel, t, own, ds)
+    backward_dq.hand_over(kernel, t)
     plgpu.barrier_arrive(smem.dout_free.at[dout_slot])
     # Q has arrived: P was made of it.
     plgpu.wgmma(dk_acc, ds, smem.q.at[q_slot])
-    # Not in flight together with dQ: ptxas would spill, 333 TFLOP/s for 413, H100, JAX 0.11.2.
     plgpu.wgmma_wait(0)
-    _add_to_dq(kernel, 1, t, q_head, q_tile)
     plgpu.barrier_arrive(smem.q_free.at[q_slot])
     return sums
 
@@ -206,24 +200,3 @@ def _own_weights(
     lse_log2 = per_query(smem.lse_log2.at[q_slot])
     s = load_accumulator(s_acc, wait_n=0)
     return s, probabilities(kernel, part, terms, s, lse_log2)
-
-
-def _add_to_dq(kernel: Kernel, wg: int, t: Any, q_head: Any, q_tile: Any) -> None:
-    """Multiplies the dS of step `t` with half the columns of K and adds the product to dQ."""
-    smem, slot = kernel.smem, stage(t, NUM_SCORE_STAGES)
-
-    def product(dq_acc):
-        columns, factors = dq_acc.shape[1], None
-        if kernel.spec.deterministic:
-            row = q_tile * kernel.config.block_q
-            factors = dq_fixed_point.read_factors(kernel, q_head, row, kernel.config.block_q)
-        if wg == 0:
-            plgpu.barrier_wait(smem.ds_ready.at[slot])
-        part = smem.k.at[:, pl.ds(wg * columns, columns)]
-        plgpu.wgmma(dq_acc, smem.ds.at[slot].transpose((1, 0)), part)
-        part = q_tile * NUM_MATH_WGS + wg
-        part_gmem = kernel.gmem.dq_sum.at[kernel.block.batch, q_head, part]
-        dq = load_accumulator(dq_acc, wait_n=0)
-        dq_fragments.add(part_gmem, dq_fixed_point.as_added(dq, factors))
-
-    pl.run_scoped(product, accumulator(*dq_part(kernel.spec, kernel.config)))

@@ -23,11 +23,11 @@ class GlobalRefs(NamedTuple):
     """What a kernel reads and writes in GMEM.
 
     k, v: as they are copied; q, dout: sources of the same. lse_log2, delta: [B, Hq, Tq rounded up
-    to block_q] float32, or what S begins as (`s_starts_from_rows`) and dP (`dp_starts_from_rows`).
-    schedule: [B or 1, Hq or 1, num_kv_tiles, 4] int32 or None. terms: the arrays of mask, score mod
-    and dropout. ids: of `masking.id_bounds`. dq_factors: of `dq_fixed_point.factors`, over whole
-    tiles, or None. dq_sum: added to, in fixed point or float32: of `backward_by_keys.dq_sum_shape`
-    or `dq_fragments.dq_sum_shape`, or None. gradients: of the score mod's arrays.
+    to block_q] float32; None where S (`s_starts_from_rows`) and dP (`dp_starts_from_rows`) begin as
+    starts say, [B, Hq, Tq rounded up, 8], with its selectors (`row_starts`). schedule: [B or 1, Hq
+    or 1, num_kv_tiles, 4] int32 or None. terms: the arrays of mask, score mod and dropout. ids: of
+    `masking.id_bounds`. dq_factors: of `dq_fixed_point.factors`, over whole tiles, or None. dq_sum:
+    added to, in fixed point or float32, or None. gradients: of the score mod's arrays.
     """
 
     q: Any
@@ -35,6 +35,8 @@ class GlobalRefs(NamedTuple):
     v: Any
     dout: Any
     lse_log2: Any
+    starts: Any
+    selectors: Any
     delta: Any
     schedule: Any
     terms: Terms

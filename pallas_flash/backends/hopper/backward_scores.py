@@ -73,11 +73,6 @@ def per_query(row_smem: Any) -> Any:
     return plgpu.load(row_smem, layout=PER_COLUMN, optimized=False)
 
 
-def start_from(acc: Any, row_smem: Any) -> None:
-    """Sets an accumulator with queries along columns to one number for each of them."""
-    acc[...] = lax.broadcast_in_dim(per_query(row_smem), acc.shape, [1])
-
-
 class Weights(NamedTuple):
     """P, and what the gradients of the scores are multiples of."""
 

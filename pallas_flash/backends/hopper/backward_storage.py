@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
-from pallas_flash.backends.hopper import array_gradients
-from pallas_flash.backends.hopper.copies import Tile, copied, is_split, num_copies
-from pallas_flash.backends.hopper.leaves import Terms, near_of
+from pallas_flash.backends.hopper import array_gradients, row_starts
+from pallas_flash.backends.hopper.copies import Tile, copied, num_copies
+from pallas_flash.backends.hopper.leaves import Terms
+from pallas_flash.backends.hopper.products import INSTRUCTION_ROWS, STEP
 from pallas_flash.backends.hopper.storage import (
     TMA_SMEM_ALIGNMENT,
     Columns,
@@ -21,30 +22,28 @@ from pallas_flash.scores.score_mod import NEAR
 from pallas_flash.spec import AttentionSpec, Operands
 from pallas_flash.terms import KV
 
-# dS (and P) are written for step t + 1 while the other warpgroup still multiplies those of step t.
-NUM_SCORE_STAGES = 2
-
 
 class Storage(NamedTuple):
-    """What a block allocates; the leading axis of q, lse_log2, dout, delta is a stage.
+    """What a block allocates; the leading axis of q, lse_log2, starts, dout, delta is a stage.
 
-    ds and p hold scores of two steps, with keys along rows, or along columns where the product for
-    dQ is transposed. p and p_ready exist where the warpgroups share the keys; dq, each warpgroup's
-    part of a tile on its way out, where they do not; none of ds, dq, ds_ready and k_read where
-    another kernel computes dQ. tiles: what is brought of the
-    terms' arrays, in stages with q; near_ready, near_free: of what only near tiles read, for each
-    warpgroup. gradients: of the score mod's arrays, on their way out.
+    lse_log2 and delta, or for one or both of them starts, with its selectors: see `row_starts`. ds
+    and p hold scores of several steps, with keys along rows. p and p_ready exist where the
+    warpgroups share the keys; none of ds, ds_ready and ds_free where another kernel computes dQ.
+    tiles: what is brought of the terms' arrays, in stages with q; near_ready, near_free: of what
+    only near tiles read, for each warpgroup. gradients: those of the score mod's arrays, on their
+    way out.
     """
 
     q: Any
     lse_log2: Any
+    starts: Any
+    selectors: Any
     dout: Any
     delta: Any
     k: Any
     v: Any
     p: Any
     ds: Any
-    dq: Any
     kv_ready: Any
     q_ready: Any
     dout_ready: Any
@@ -52,17 +51,24 @@ class Storage(NamedTuple):
     dout_free: Any
     p_ready: Any
     ds_ready: Any
-    k_read: Any
+    ds_free: Any
     tiles: Terms
     near_ready: Any
     near_free: Any
     gradients: array_gradients.Refs
 
 
-# Math warpgroups of a block; one more warpgroup only issues TMA loads.
+# Math warpgroups of a block; one more issues TMA loads and adds to dQ.
 NUM_MATH_WGS = 2
 # Keys of a math warpgroup: the rows of one wgmma.
 WG_KEYS = 64
+# Queries of a part of a dQ tile.
+DQ_ROWS = 64
+
+
+def registers(config: Any) -> tuple[int, int]:
+    """Registers a thread of the loading and of a math warpgroup: 504 for three, all there are."""
+    return (24, 240) if config.has_dq_kernel else (72, 216)
 
 
 def seen[T: (AttentionSpec, Operands)](owner: T, config: Any) -> T:
@@ -82,9 +88,9 @@ def tiling(spec: AttentionSpec, config: Any) -> Tiling:
     return Tiling(spec, KV, config.block_kv, config.block_q)
 
 
-def query_columns(spec: AttentionSpec, config: Any) -> Columns:
-    """Layout of head_dim: cut in two where the warpgroups split dQ by columns."""
-    return head_columns(spec.head_dim, parts=2 if config.splits_dq_columns else 1)
+def query_columns(spec: AttentionSpec) -> Columns:
+    """Layout of head_dim: a part of a dQ tile has the columns of a swizzle tile."""
+    return head_columns(spec.head_dim)
 
 
 def value_columns(spec: AttentionSpec) -> Columns:
@@ -92,12 +98,13 @@ def value_columns(spec: AttentionSpec) -> Columns:
     return head_columns(spec.value_dim)
 
 
-def dq_part(spec: AttentionSpec, config: Any) -> tuple[int, int]:
-    """Shape of the part of a dQ tile that one warpgroup computes and adds to memory."""
-    width = query_columns(spec, config).smem
-    if config.splits_dq_columns:
-        return config.block_q, width // 2
-    return config.block_q // 2, width
+def dq_part(spec: AttentionSpec) -> tuple[int, int]:
+    """Shape of the parts of a dQ tile that are multiplied and added to memory at a time.
+
+    64 columns at a time read dS half as often as 32 do: 2.24 ms for 2.40, 4 x 4096 x 16 x 128 full,
+    1.25 for 1.31 causal. H100, JAX 0.11.2.
+    """
+    return DQ_ROWS, query_columns(spec).tile
 
 
 def dq_dtype(spec: AttentionSpec) -> Any:
@@ -105,44 +112,39 @@ def dq_dtype(spec: AttentionSpec) -> Any:
     return jnp.int32 if spec.deterministic else jnp.float32
 
 
-def overlaps_steps(spec: AttentionSpec, config: Any) -> bool:
-    """Whether a step of `backward_by_keys` begins while the one before it ends.
-
-    Forward and backward 1.646 ms for 1.708 at 4 x 4096 x 16 x 128 causal, 1.939 for 1.976 with
-    softcap, 2.091 for 1.980 with dropout; at head_dim 80 1.480 for 1.482, without a mask 2.694 for
-    2.567; 2.029 for 1.780 at 4 x 4095, where Q is copied in pieces, and is handed back later here.
-    H100, JAX 0.11.2. In float16 ptxas serialises all products (its warning C7512), 428 TFLOP/s for
-    557. A score mod's arrays need more of a step for their gradients than it keeps.
-    """
-    has_tiles = config.block_q == 64 and config.num_q_stages > 1 and not config.shares_keys
-    is_faster = max(spec.head_dim, spec.value_dim) > 96 and not is_split(spec.q_len)
-    is_faster &= spec.dtype == jnp.bfloat16 and spec.dropout is None and not config.has_dq_kernel
-    needs_more = array_gradients.leaves(spec) or near_of(spec.score_mod) is not None
-    return has_tiles and is_faster and not needs_more
-
-
 def s_starts_from_rows(spec: AttentionSpec, config: Any) -> bool:
-    """Whether S begins as -lse over the scale, and not as 0; then dP begins as -delta, too.
+    """Whether S begins as -lse over the scale, and not as 0: the logits must be S alone.
 
-    So lse and delta take no registers beside them, and nothing is to be subtracted: causal 598
-    TFLOP/s for 559 at head_dim 128, 490 for 478 at 64, 4 x 4096, but without a mask 487 for 529 at
-    64. H100, JAX 0.11.2. The logits must be S alone, and all of dP must be kept.
+    Nothing is to be subtracted then (`row_starts`).
     """
-    is_plain = spec.score_mod is None and spec.dropout is None and spec.scale != 0
-    is_faster = config.block_q != 128 or spec.mask is not None
-    is_faster &= not overlaps_steps(spec, config)
-    return is_plain and is_faster and not config.shares_keys
+    # Far from where not even the largest number times the scale makes P 0.
+    is_plain = spec.score_mod is None and abs(spec.scale) > 1e-30
+    return is_plain and not config.shares_keys
 
 
 def dp_starts_from_rows(spec: AttentionSpec, config: Any) -> bool:
-    """Whether dP begins as -delta: also where a score mod needs S as it is.
-
-    Forward and backward 1.386 ms for 1.418 with T5's bias, 2.029 for 2.069 with softcap (the cases
-    of benchmarks/features.py), H100, JAX 0.11.2.
-    """
-    if spec.score_mod is None and not overlaps_steps(spec, config):
-        return s_starts_from_rows(spec, config)
+    """Whether dP begins as -delta: all of it must be kept."""
     return spec.dropout is None and not config.shares_keys
+
+
+def dp_follows_s(spec: AttentionSpec, config: Any) -> bool:
+    """Whether dP is issued behind P, and not with S: else ptxas lacks registers for both.
+
+    Where the loading warpgroup adds to dQ, at head_dim 128. Where there are registers dP with S is
+    faster: 2.51 ms for 2.61, 4 x 4096 x 32 x 64 full, 0.735 for 0.757 at 16 x 1024 x 16 x 128 with
+    a kernel for dQ. H100, JAX 0.11.2.
+    """
+    is_wide = query_columns(spec).smem + value_columns(spec).smem > 192
+    return is_wide and not config.has_dq_kernel
+
+
+def num_score_stages(spec: AttentionSpec, config: Any) -> int:
+    """Steps whose dS (and P) the math warpgroups may have written and nobody has multiplied yet.
+
+    4 x 4096, ms with three and with two: 16 x 128 full 2.095 and 2.139, but causal 1.232 and 1.215,
+    32 x 64 full 2.53 and 2.51. H100, JAX 0.11.2.
+    """
+    return 3 if dp_follows_s(spec, config) and spec.mask is None and not config.shares_keys else 2
 
 
 def rows_of_keys(config: Any) -> int:
@@ -163,12 +165,12 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
     """What a block allocates."""
     block_q, block_kv = config.block_q, config.block_kv
     dtype, f32 = spec.dtype, jnp.float32
-    qk, vo = query_columns(spec, config), value_columns(spec)
-    rows, columns = dq_part(spec, config)
-    dq_tile = next(tile for tile in (32, 16, 8) if columns % tile == 0)
+    qk, vo = query_columns(spec), value_columns(spec)
     shared, adds_dq = config.shares_keys, not config.has_dq_kernel
-    score_tile = (block_q, block_kv) if config.transposes_dq else (block_kv, block_q)
-    score_shape = (NUM_SCORE_STAGES, *score_tile)
+    num_scores = num_score_stages(spec, config)
+    score_shape = (num_scores, block_kv, block_q)
+    s_starts, dp_starts = s_starts_from_rows(spec, config), dp_starts_from_rows(spec, config)
+    has_starts = s_starts or dp_starts
     # Every stage of a row starts where TMA can write it.
     row_width = round_up(block_q, TMA_SMEM_ALIGNMENT // jnp.dtype(f32).itemsize)
     own_keys = rows_of_keys(config)
@@ -177,35 +179,36 @@ def storage(spec: AttentionSpec, config: Any) -> Storage:
         # Two arrivals: one from each math warpgroup.
         return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
 
-    def arrivals_of_queries(columns):
-        # One more for the numbers beside them.
-        return num_copies(spec.q_len, block_q, columns) + 1
+    def per_query(num_stages):
+        return plgpu.SMEM((num_stages, row_width), f32)
 
     tiles = tiling(spec, config)
+    # Beside Q come lse, or what S and dP begin as, or both; beside dO may come delta.
+    arrivals_of_q = num_copies(spec.q_len, block_q, qk) + (not s_starts) + has_starts
+    arrivals_of_dout = num_copies(spec.q_len, block_q, vo) + (not dp_starts)
+    arrivals_of_kv = sum(num_copies(spec.kv_len, block_kv, x, own_keys) for x in (qk, vo))
+    starts = (config.num_q_stages, block_q, STEP), row_starts.DTYPE, STEP
+    selectors = (2, INSTRUCTION_ROWS, STEP), row_starts.DTYPE, STEP
     num_near = num_brought(tiles, near=True)
     return Storage(
         q=copied((config.num_q_stages, block_q, qk.smem), dtype, qk, spec.q_len),
-        lse_log2=plgpu.SMEM((config.num_q_stages, row_width), f32),
+        lse_log2=None if s_starts else per_query(config.num_q_stages),
+        starts=tiled(*starts) if has_starts else None,
+        selectors=tiled(*selectors) if has_starts else None,
         dout=copied((config.num_dout_stages, block_q, vo.smem), dtype, vo, spec.q_len),
-        delta=plgpu.SMEM((config.num_dout_stages, row_width), f32),
+        delta=None if dp_starts else per_query(config.num_dout_stages),
         k=copied((block_kv, qk.smem), dtype, qk, spec.kv_len, own_keys),
         v=copied((block_kv, vo.smem), dtype, vo, spec.kv_len, own_keys),
         p=tiled(score_shape, dtype, qk.tile) if hands_p_over(spec, config) else None,
-        # Swizzled like Q and K, which it meets in products.
-        ds=tiled(score_shape, dtype, qk.tile) if adds_dq else None,
-        dq=tiled((NUM_MATH_WGS, rows, columns), dq_dtype(spec), dq_tile)
-        if adds_dq and not shared
-        else None,
-        kv_ready=barriers(
-            arrivals=sum(num_copies(spec.kv_len, block_kv, x, own_keys) for x in (qk, vo))
-        ),
-        q_ready=barriers(config.num_q_stages, arrivals_of_queries(qk) + num_brought(tiles)),
-        dout_ready=barriers(config.num_dout_stages, arrivals_of_queries(vo)),
+        ds=tiled(score_shape, dtype, DQ_ROWS) if adds_dq else None,
+        kv_ready=barriers(arrivals=arrivals_of_kv + has_starts),
+        q_ready=barriers(config.num_q_stages, arrivals_of_q + num_brought(tiles)),
+        dout_ready=barriers(config.num_dout_stages, arrivals_of_dout),
         q_free=barriers(config.num_q_stages),
         dout_free=barriers(config.num_dout_stages),
-        p_ready=barriers(NUM_SCORE_STAGES, arrivals=1) if shared else None,
-        ds_ready=barriers(NUM_SCORE_STAGES, arrivals=1 if shared else 2) if adds_dq else None,
-        k_read=barriers(arrivals=1 if shared else 2) if adds_dq else None,
+        p_ready=barriers(num_scores, arrivals=1) if shared else None,
+        ds_ready=barriers(num_scores, arrivals=1 if shared else 2) if adds_dq else None,
+        ds_free=barriers(num_scores, arrivals=1) if adds_dq else None,
         tiles=in_smem(tiles, config.num_q_stages),
         near_ready=barriers(NUM_MATH_WGS, num_near) if num_near else None,
         near_free=barriers(NUM_MATH_WGS, 1) if num_near else None,

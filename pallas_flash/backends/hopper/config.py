@@ -12,21 +12,16 @@ from pallas_flash.backends.hopper.storage import (
     L2_BYTES_PER_GROUP,
     NUM_SMS,
     SHARED_MEMORY_LIMIT,
-    round_up,
     shared_memory_bytes,
 )
 from pallas_flash.backends.hopper.tiling import Tiling, fits_swizzle
-from pallas_flash.masks import Causal
 from pallas_flash.spec import AttentionSpec
 
 # Up to so many keys, and head dimensions of 128, the backward has a kernel for dQ: what that takes
 # grows with the keys, what it saves does not. The whole backward, ms, with and without: 16 x 1024 x
-# 32 x 64 0.852 and 0.900, 8 x 2048 1.550 and 1.474, causal 0.928 and 0.958; 16 x 1024 x 16 x 128
-# 0.729 and 0.759, 32 x 512 0.459 and 0.560. H100, JAX 0.11.2.
+# 32 x 64 0.852 and 0.872, 8 x 2048 1.547 and 1.418, causal 0.896 and 0.900; 16 x 1024 x 16 x 128
+# 0.735 and 0.742, causal 0.487 and 0.553, 8 x 2048 causal 0.791 and 0.758. H100, JAX 0.11.2.
 MOST_KEYS_OF_DQ_KERNEL = 1024
-# Of a product on the matrix units.
-PRODUCT_ROWS = 64
-
 __all__ = [
     "BackwardConfig",
     "Config",
@@ -206,12 +201,10 @@ class BackwardConfig:
     """How the backward kernel cuts its work; never changes a result.
 
     Fields:
-      block_q: queries of a tile, 64 or 128, or with block_kv 128 any multiple of 16 between them.
-      block_kv: keys of a block. 128: each of two warpgroups owns 64 keys and dK, dV for them; they
-        split dQ by rows (block_q 128) or by columns (64); in between they compute it transposed,
-        for which head_dim must be 128. 64: the two share the keys, one owns dK and one dV, for head
-        dimensions at which both do not fit a warpgroup's registers, and for arrays whose larger
-        tiles do not fit shared memory.
+      block_q: queries of a tile, 64 or 128.
+      block_kv: keys of a block. 128: each of two warpgroups owns 64 keys and dK, dV for them. 64:
+        the two share the keys, one owns dK and one dV, for head dimensions at which both do not fit
+        a warpgroup's registers, and for arrays whose larger tiles do not fit shared memory.
       num_q_stages: tiles of Q in flight.
       num_dout_stages: tiles of dO in flight.
       heads_per_group: kv heads whose blocks run next to each other, first keys first; what they
@@ -233,10 +226,8 @@ class BackwardConfig:
     def __post_init__(self):
         if self.block_kv not in (64, 128):
             raise ValueError(f"block_kv={self.block_kv} must be 64 or 128")
-        if self.block_q not in range(64, 129, 16):
-            raise ValueError(f"block_q={self.block_q} must be a multiple of 16 from 64 to 128")
-        if self.shares_keys and self.transposes_dq:
-            raise ValueError(f"block_q={self.block_q} must be 64 or 128 where block_kv=64")
+        if self.block_q not in (64, 128):
+            raise ValueError(f"block_q={self.block_q} must be 64 or 128")
         if self.shares_keys and self.has_dq_kernel:
             raise ValueError(f"has_dq_kernel=True needs block_kv={self.block_kv} to be 128")
         for name in ("num_q_stages", "num_dout_stages", "heads_per_group"):
@@ -247,19 +238,6 @@ class BackwardConfig:
     def shares_keys(self) -> bool:
         """Whether the warpgroups share their keys: one owns dV, the other dK."""
         return self.block_kv == 64
-
-    @property
-    def splits_dq_columns(self) -> bool:
-        """Whether the warpgroups split a dQ tile by columns and not by rows."""
-        return self.shares_keys or self.block_q != 128
-
-    @property
-    def transposes_dq(self) -> bool:
-        """Whether the product for dQ has queries along its columns.
-
-        Their number need not be a multiple of 64 then, as that of a product's rows must.
-        """
-        return self.block_q not in (64, 128)
 
     def tiling(self, spec: AttentionSpec) -> Tiling:
         """How the scores are cut into tiles."""
@@ -287,22 +265,18 @@ def default_backward_config(spec: AttentionSpec) -> BackwardConfig:
     if rows_share_matrices(spec):
         heads = min(heads, spec.batch)
     tiles = [(64, block_kv, 2, 2), (64, block_kv, 2, 1), (64, block_kv, 1, 1)]
-    if widest <= 64:
-        tiles.insert(0, (128, 128, 2, 2))
+    one_pass, with_dq_kernel = list(tiles), list(tiles)
     if block_kv == 128:
-        # 80 queries where they fill their last tile: 649 TFLOP/s for 631 with 64 at 4 x 4096 x 16 x
-        # 128 full, 680 for 637 at 16384, 574 for 556 at 1024, but causal 567 for 598. H100, JAX
-        # 0.11.2.
-        is_plain = spec.mask is None and spec.score_mod is None and spec.dropout is None
-        if is_plain and round_up(spec.q_len, 80) <= 1.04 * spec.q_len:
-            tiles.insert(0, (80, 128, 2, 2))
+        # The loading warpgroup adds dQ of the step before while it loads for the next: 2.20 ms for
+        # 2.27 with two stages, 4 x 4096 x 16 x 128 full, 1.24 for 1.27 causal. H100, JAX 0.11.2.
+        one_pass.insert(0, (64, 128, 3, 3 if widest <= 64 else 2))
         # Many arrays over queries and keys: smaller tiles of them.
-        tiles.append((64, 64, 1, 1))
-    configs = [BackwardConfig(*sizes, heads, False) for sizes in tiles]
-    # Under a causal mask a query meets half of them.
-    factor = 2 if type(spec.mask) is Causal and widest <= 64 else 1
-    if spec.kv_len <= factor * MOST_KEYS_OF_DQ_KERNEL:
-        alone = [dataclasses.replace(c, has_dq_kernel=True) for c in configs if not c.shares_keys]
+        one_pass.append((64, 64, 1, 1))
+    if widest <= 64:
+        with_dq_kernel.insert(0, (128, 128, 2, 2))
+    configs = [BackwardConfig(*sizes, heads, False) for sizes in one_pass]
+    if spec.kv_len <= MOST_KEYS_OF_DQ_KERNEL:
+        alone = [BackwardConfig(*sizes, heads, True) for sizes in with_dq_kernel if block_kv == 128]
         configs = alone + configs
     return _first_that_fits(spec, configs)
 
@@ -316,12 +290,6 @@ def misfit(spec: AttentionSpec, config: Any) -> str | None:
     """The reason why tiles of a forward or backward configuration cannot serve a spec, or None."""
     if not fits_swizzle(config.tiling(spec)):
         return f"arrays over queries and keys need tiles wider than {config.block_kv} keys"
-    if isinstance(config, BackwardConfig) and config.transposes_dq:
-        columns = backward_storage.query_columns(spec, config).smem
-        if columns != 2 * PRODUCT_ROWS:
-            return f"block_q={config.block_q} needs head_dim 128, this is {spec.head_dim}"
-        if spec.deterministic and not config.has_dq_kernel:
-            return f"block_q={config.block_q} has no deterministic gradients"
     has_dq_kernel = isinstance(config, BackwardConfig) and config.has_dq_kernel
     if has_dq_kernel and (reason := misfit(spec, default_dq_config(spec))):
         return f"has beside it a kernel for dQ, which {reason}"

@@ -1,13 +1,12 @@
-"""A sum of dQ in GMEM that math warpgroups add to from their registers.
+"""A sum of dQ in GMEM that a warpgroup adds to from its registers.
 
-A part of a dQ tile lies there as a product leaves it in a warpgroup's registers: for every eight
-columns four numbers of each thread, two columns of a row and the same two of the row eight below.
-What a warp adds with an instruction lies side by side: of float32 the four numbers of all threads,
-512 bytes; of int32, which are added one by one, first each thread's first number, then all second
-ones. So there is no way through SMEM; `dq_of_sum` puts them in order.
+A part of dQ, 64 queries by some columns, lies there as a product leaves it in registers: for every
+eight columns four numbers of each thread, two columns of a row and the same two of the row eight
+below. What a warp adds with an instruction lies side by side: of float32 the four numbers of all
+threads, 512 bytes; of int32, which are added one by one, first each thread's first number, then all
+second ones. So there is no way through SMEM; `dq_of_sum` puts them in order.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,27 +22,33 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_flash.backends.hopper import dq_fixed_point
-from pallas_flash.backends.hopper.backward_storage import NUM_MATH_WGS, dq_part, query_columns
+from pallas_flash.backends.hopper.backward_storage import dq_part, query_columns
 from pallas_flash.backends.hopper.config import BackwardConfig
 from pallas_flash.backends.hopper.storage import (
     MATRIX,
     PER_ROW,
     divmod_of,
+    round_up,
     tiled,
     tma_rows,
     widen_rows,
+    window,
 )
 from pallas_flash.spec import AttentionSpec
 
 WG_THREADS = 128
 # Numbers of a thread for every eight columns, in two registers.
 NUMBERS = 4
+# Of a block of `dq_of_sum`.
+NUM_WGS = 2
 
 
 def dq_sum_shape(spec: AttentionSpec, config: BackwardConfig) -> tuple[int, ...]:
-    """[B, Hq, parts of tiles, numbers of a part]: a tile has a part for each math warpgroup."""
-    parts = pl.cdiv(spec.q_len, config.block_q) * NUM_MATH_WGS
-    return spec.batch, spec.num_q_heads, parts, math.prod(dq_part(spec, config))
+    """[B, Hq, parts of whole tiles, numbers of a part]: a row of parts after the other."""
+    rows, columns = dq_part(spec)
+    num_rows = round_up(spec.q_len, config.block_q) // rows
+    parts = num_rows * (query_columns(spec).smem // columns)
+    return spec.batch, spec.num_q_heads, parts, rows * columns
 
 
 def add(part_gmem: Any, dq: Any) -> None:
@@ -115,38 +120,45 @@ def dq_of_sum(spec: AttentionSpec, config: BackwardConfig, dq_sum: Any, factors:
 
     factors: [B, Hq, Tq over whole tiles] of a sum in fixed point, or None.
     """
-    num_tiles = pl.cdiv(spec.q_len, config.block_q)
-    qk, (rows, columns) = query_columns(spec, config), dq_part(spec, config)
+    qk, (rows, columns) = query_columns(spec), dq_part(spec)
+    num_tiles, parts_of_row = pl.cdiv(spec.q_len, rows), qk.smem // columns
 
     def flash_attention_dq(sum_gmem, units_gmem, dq_gmem, dq_smem):
         wg = lax.axis_index("wg")
-        batch_and_head, tile = divmod_of(lax.axis_index("tile"), num_tiles)
+        # Each warpgroup has 64 queries of its own.
+        index = lax.axis_index("block") * NUM_WGS + wg
+        batch_and_head, tile = divmod_of(index, num_tiles)
         batch, head = divmod_of(batch_and_head, spec.num_q_heads)
-        part = tile * NUM_MATH_WGS + wg
-        dq = _load(sum_gmem.at[batch, head, part], rows, columns)
-        if units_gmem is not None:
-            units = units_gmem.at[batch, head, pl.ds(tile * rows, rows)]
-            units = plgpu.load(units, layout=PER_ROW, optimized=False)
-            dq = dq.astype(jnp.float32) * widen_rows(units, dq.shape)
-        dq = dq * spec.scale
-        part_smem = dq_smem.at[wg]
-        part_smem[...] = dq.astype(spec.dtype)
-        plgpu.commit_smem()
-        own = pl.ds(tile * rows, rows), head, pl.ds(wg * columns, columns)
-        plgpu.copy_smem_to_gmem(part_smem, dq_gmem.at[batch, *own])
-        plgpu.wait_smem_to_gmem(0)
+        own_smem = dq_smem.at[wg]
 
-    assert config.splits_dq_columns, "the parts of a tile are its columns"
+        def one_part(column, _):
+            dq = _load(sum_gmem.at[batch, head, tile * parts_of_row + column], rows, columns)
+            if units_gmem is not None:
+                units = units_gmem.at[batch, head, pl.ds(tile * rows, rows)]
+                units = plgpu.load(units, layout=PER_ROW, optimized=False)
+                dq = dq.astype(jnp.float32) * widen_rows(units, dq.shape)
+            dq = (dq * spec.scale).astype(spec.dtype)
+            own_smem.at[:, pl.ds(column * columns, columns)][...] = dq
+
+        @pl.when(index < num_all)
+        def _():
+            lax.fori_loop(jnp.int32(0), jnp.int32(parts_of_row), one_part, None)
+            plgpu.commit_smem()
+            target = window(dq_gmem, batch, tile * rows, head, own_smem)
+            plgpu.copy_smem_to_gmem(own_smem, target)
+            plgpu.wait_smem_to_gmem(0)
+
+    num_all = spec.batch * spec.num_q_heads * num_tiles
     shape = spec.batch, tma_rows(spec.q_len), spec.num_q_heads, qk.gmem
     dq = plgpu.kernel(
         flash_attention_dq,
         out_type=jax.ShapeDtypeStruct(shape, spec.dtype),
         # One axis: the others of a CUDA grid end at 65535.
-        grid=(spec.batch * spec.num_q_heads * num_tiles,),
-        grid_names=("tile",),
-        num_threads=NUM_MATH_WGS,
+        grid=(pl.cdiv(num_all, NUM_WGS),),
+        grid_names=("block",),
+        num_threads=NUM_WGS,
         thread_name="wg",
-        scratch_types=(tiled((NUM_MATH_WGS, rows, columns), spec.dtype, qk.tile),),
+        scratch_types=(tiled((NUM_WGS, rows, qk.smem), spec.dtype, qk.tile),),
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
         ),

@@ -17,7 +17,7 @@ from pallas_flash.backends.hopper.forward_kernel import Kernel
 from pallas_flash.backends.hopper.forward_storage import WG_ROWS, query_columns, value_columns
 from pallas_flash.backends.hopper.forward_walk import Tile, first_tile, for_each_tile
 from pallas_flash.backends.hopper.leaves import Terms
-from pallas_flash.backends.hopper.products import add_product, scaled_rows, set_product
+from pallas_flash.backends.hopper.products import Pair, add_product, scaled_rows, set_product
 from pallas_flash.backends.hopper.scores import Part, Zone, dropout_factor, keep
 from pallas_flash.backends.hopper.storage import (
     LN_2,
@@ -140,7 +140,7 @@ def _first_step(kernel: Kernel, wg: Any, q: Any, t: Any, part: Part) -> State:
     def product(s_acc):
         plgpu.barrier_wait(smem.k_ready.at[stage])
         _take_turn(kernel, wg)
-        set_product(s_acc, q, smem.k.at[stage], query_columns(kernel.spec).tile)
+        set_product(s_acc, Pair(q, smem.k.at[stage], query_columns(kernel.spec).tile))
         _pass_turn(kernel, wg)
         s = load_accumulator(s_acc, wait_n=0)
         terms = _terms(kernel, wg, stage, part)
@@ -161,7 +161,7 @@ def _step(kernel: Kernel, wg: Any, q: Any, t: Any, state: State, acc: Any, part:
     def products(s_acc):
         plgpu.barrier_wait(smem.k_ready.at[k_stage])
         _take_turn(kernel, wg)
-        set_product(s_acc, q, smem.k.at[k_stage], query_columns(kernel.spec).tile)
+        set_product(s_acc, Pair(q, smem.k.at[k_stage], query_columns(kernel.spec).tile))
         plgpu.barrier_wait(smem.v_ready.at[v_stage])
         add_product(acc, state.p, smem.v.at[v_stage], value_columns(kernel.spec).tile)
         _pass_turn(kernel, wg)

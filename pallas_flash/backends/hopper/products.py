@@ -1,7 +1,8 @@
 """Products that Pallas does not offer: that set their result, and over any number of rows."""
 
 import functools
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -24,8 +25,6 @@ from pallas_flash.backends.hopper.storage import MATRIX, PER_ROW, TMA_ROWS
 STEP, STEP_BYTES = 16, 32
 # Rows of a left operand that one instruction takes.
 INSTRUCTION_ROWS = 64
-# Columns of the widest swizzle tile of float32.
-F32_TILE = 32
 
 
 def _in_tiles(dtype: Any, columns: int) -> tuple[plgpu.RefType, int]:
@@ -35,50 +34,119 @@ def _in_tiles(dtype: Any, columns: int) -> tuple[plgpu.RefType, int]:
     return plgpu.RefType((tiling, plgpu.SwizzleTransform(swizzle))), swizzle
 
 
-def set_product(acc: Any, a_smem: Any, b_smem: Any, tile: int) -> None:
-    """Issues ``acc = a @ b.T``, whatever `acc` holds.
+class Pair(NamedTuple):
+    """Operands of a product, both in swizzle tiles of `tile` columns.
+
+    a_smem: 16-bit numbers [64, k]; b_smem: [rows, k], at most 256 rows.
+    """
+
+    a_smem: Any
+    b_smem: Any
+    tile: int
+
+
+def set_product(acc: Any, *pairs: Pair) -> None:
+    """Issues ``acc = a @ b.T``, or the sum of several such products, whatever `acc` holds.
 
     `plgpu.wgmma` adds. For that Mosaic GPU first sets the accumulator to 0 by instructions of its
     own, one for every two numbers of a thread, between a product and the wait for its operands.
-
-    a_smem: 16-bit numbers [64, k]; b_smem: [rows, k], at most 256 rows; both in swizzle tiles of
-    `tile` columns.
     """
     rows, columns = acc.shape
     if rows != INSTRUCTION_ROWS:
         raise ValueError(f"{acc.shape=} must have {INSTRUCTION_ROWS} rows")
-    operand, swizzle = _in_tiles(a_smem.dtype, tile)
+    types = [_in_tiles(pair.a_smem.dtype, pair.tile)[0] for pair in pairs for _ in range(2)]
+    widths = [pair.a_smem.shape[1] for pair in pairs]
+    tiles = [pair.tile for pair in pairs]
     result = plgpu.ShapeDtypeStruct(acc.shape, jnp.dtype(jnp.float32), layout=MATRIX)
-    num_steps = a_smem.shape[1] // STEP
 
-    @plgpu.inline_mgpu(arg_types=(operand, operand), return_type=result)
-    def multiply(_, a, b):
-        (a_start, (_, (a_step,))), (_, a_group), _ = mma_utils.create_descriptor(
-            a, swizzle=swizzle, group_size=(rows, tile), logical_k_major=False
+    @plgpu.inline_mgpu(arg_types=tuple(types), return_type=result)
+    def multiply(_, *operands):
+        shape = WGMMA_LAYOUT_ACC_32BIT.registers_shape((rows, columns))
+        nvvm.wgmma_fence_aligned()
+        numbers: Any = None
+        for a, b, tile, width in zip(operands[::2], operands[1::2], tiles, widths, strict=True):
+            element = ir.MemRefType(a.type).element_type
+            for starts, strides in _steps(a, b, tile, columns, width):
+                if numbers is None:
+                    numbers = _first_instruction(*starts, columns, element).reshape(shape)
+                    continue
+                numbers = wgmma_m64(
+                    numbers,
+                    *starts,
+                    a_transpose=False,
+                    b_transpose=False,
+                    a_k_stride=strides[0],
+                    b_k_stride=strides[1],
+                    n=columns,
+                    # Of the left operand's part: one instruction.
+                    swizzle=STEP_BYTES,
+                    a_element_type=element,
+                    b_element_type=element,
+                )
+        nvvm.wgmma_commit_group_sync_aligned()
+        return FragmentedArray(
+            _registers=numbers, _layout=WGMMA_LAYOUT_ACC_32BIT, _is_signed=None
+        ).to_layout(WGMMA_LAYOUT)
+
+    acc[...] = multiply(*(x for pair in pairs for x in (pair.a_smem, pair.b_smem)))
+
+
+def _steps(
+    a: Any, b: Any, tile: int, columns: int, width: int
+) -> Iterator[tuple[tuple[Any, Any], tuple[int, int]]]:
+    """For every instruction of ``a @ b.T`` the operands' descriptors, and the strides of both."""
+    swizzle = tile * (STEP_BYTES // STEP)
+    (a_start, (_, (a_step,))), (_, a_group), _ = mma_utils.create_descriptor(
+        a, swizzle=swizzle, group_size=(INSTRUCTION_ROWS, tile), logical_k_major=False
+    )
+    (b_start, (_, (b_step,))), (_, b_group), _ = mma_utils.create_descriptor(
+        memref_transpose(b, (1, 0, 3, 2)),
+        swizzle=swizzle,
+        group_size=(tile, columns),
+        logical_k_major=True,
+    )
+    for i in range(width // STEP):
+        group, step = divmod(i, tile // STEP)
+        a_place = _moved(a_start, group * a_group + step * a_step)
+        yield (a_place, _moved(b_start, group * b_group + step * b_step)), (a_step, b_step)
+
+
+def set_product_over_rows(acc: Any, a_smem: Any, b_smem: Any, tiles: tuple[int, int]) -> None:
+    """Issues ``acc = a.T @ b``, whatever `acc` holds.
+
+    a_smem: 16-bit numbers [k, 64]; b_smem: [k, columns]; tiles: columns of the swizzle tiles of
+    each. `plgpu.wgmma` wants the same for both.
+    """
+    rows, columns = acc.shape
+    if rows != INSTRUCTION_ROWS:
+        raise ValueError(f"{acc.shape=} must have {INSTRUCTION_ROWS} rows")
+    types, swizzles = zip(*(_in_tiles(a_smem.dtype, tile) for tile in tiles), strict=True)
+    result = plgpu.ShapeDtypeStruct(acc.shape, jnp.dtype(jnp.float32), layout=MATRIX)
+    num_steps = a_smem.shape[0] // STEP
+
+    @plgpu.inline_mgpu(arg_types=types, return_type=result)
+    def multiply_over_rows(_, a, b):
+        (a_start, (_, (a_step,))), _, _ = mma_utils.create_descriptor(
+            memref_transpose(a, (1, 0, 3, 2)),
+            swizzle=swizzles[0],
+            group_size=(rows, STEP),
+            logical_k_major=False,
         )
-        (b_start, (_, (b_step,))), (_, b_group), _ = mma_utils.create_descriptor(
-            memref_transpose(b, (1, 0, 3, 2)),
-            swizzle=swizzle,
-            group_size=(tile, columns),
-            logical_k_major=True,
+        (b_start, (_, (b_step,))), _, _ = mma_utils.create_descriptor(
+            b, swizzle=swizzles[1], group_size=(STEP, columns), logical_k_major=True
         )
         element = ir.MemRefType(a.type).element_type
         shape = WGMMA_LAYOUT_ACC_32BIT.registers_shape((rows, columns))
         nvvm.wgmma_fence_aligned()
-        for i in range(num_steps):
-            group, step = divmod(i, tile // STEP)
-            starts = (
-                _moved(a_start, group * a_group + step * a_step),
-                _moved(b_start, group * b_group + step * b_step),
-            )
-            if i == 0:
-                numbers = _first_instruction(*starts, columns, element).reshape(shape)
-                continue
+        first = _first_instruction(a_start, b_start, columns, element, are_transposed=True)
+        numbers = first.reshape(shape)
+        for i in range(1, num_steps):
             numbers = wgmma_m64(
                 numbers,
-                *starts,
-                a_transpose=False,
-                b_transpose=False,
+                _moved(a_start, i * a_step),
+                _moved(b_start, i * b_step),
+                a_transpose=True,
+                b_transpose=True,
                 a_k_stride=a_step,
                 b_k_stride=b_step,
                 n=columns,
@@ -92,7 +160,7 @@ def set_product(acc: Any, a_smem: Any, b_smem: Any, tile: int) -> None:
             _registers=numbers, _layout=WGMMA_LAYOUT_ACC_32BIT, _is_signed=None
         ).to_layout(WGMMA_LAYOUT)
 
-    acc[...] = multiply(a_smem, b_smem)
+    acc[...] = multiply_over_rows(a_smem, b_smem)
 
 
 def _moved(descriptor: Any, offset: int) -> Any:
@@ -101,14 +169,19 @@ def _moved(descriptor: Any, offset: int) -> Any:
     return arith.addi(descriptor, mgpu.c(mma_utils.encode_addr(offset), i64))
 
 
-def _first_instruction(a_descriptor: Any, b_descriptor: Any, columns: int, element: Any) -> Any:
-    """The registers of ``a @ b.T`` over `STEP` columns: p is false, so nothing is added to it."""
+def _first_instruction(
+    a_descriptor: Any, b_descriptor: Any, columns: int, element: Any, are_transposed: bool = False
+) -> Any:
+    """The registers of ``a @ b.T`` over `STEP` columns: p is false, so nothing is added to it.
+
+    Or of ``a.T @ b`` over as many rows.
+    """
     count = columns // 2
-    numbers = ", ".join(f"${i}" for i in range(count))
+    numbers, order = ", ".join(f"${i}" for i in range(count)), int(are_transposed)
     ptx = (
         "{ .reg .pred p; setp.ne.b32 p, 0, 0; wgmma.mma_async.sync.aligned."
         f"m{INSTRUCTION_ROWS}n{columns}k{STEP}.f32.{element}.{element} "
-        f"{{{numbers}}}, ${count}, ${count + 1}, p, 1, 1, 0, 0; }}"
+        f"{{{numbers}}}, ${count}, ${count + 1}, p, 1, 1, {order}, {order}; }}"
     )
     number = ir.VectorType.get((1,), ir.F32Type.get())
     found = llvm.inline_asm(
@@ -163,22 +236,6 @@ def add_product(acc: Any, a: Any, b_smem: Any, tile: int) -> None:
         return acc.to_layout(layout)
 
     acc[...] = multiply_add(b_smem, plgpu.wgmma_accumulator_load(acc, wait_n=None), a)
-
-
-def store_transposed(target_smem: Any, x: Any) -> None:
-    """Stores a float32 matrix in registers to SMEM [columns of x, rows of x], in widest tiles.
-
-    Number by number: of eight rows and four columns, which a warp has, each goes to another bank.
-    To store pairs, as Pallas does, threads would first have to exchange half of their numbers.
-    """
-    target_type, swizzle = _in_tiles(jnp.float32, F32_TILE)
-
-    @plgpu.inline_mgpu(arg_types=(target_type, MATRIX))
-    def store_numbers(_, target, x):
-        numbers = x.to_layout(WGMMA_LAYOUT_ACC_32BIT)
-        numbers.store_tiled(memref_transpose(target, (1, 0, 3, 2)), swizzle)
-
-    store_numbers(target_smem, x)
 
 
 def scaled_rows(x: Any, factor: Any) -> Any:

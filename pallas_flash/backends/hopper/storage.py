@@ -59,15 +59,14 @@ class Columns:
     tile: int
 
 
-def head_columns(dim: int, parts: int = 1) -> Columns:
-    """The narrowest layout of `dim` whose `parts` equal parts are whole swizzle tiles."""
+def head_columns(dim: int, widest_tile: int = 64) -> Columns:
+    """The narrowest layout of `dim` in whole swizzle tiles, of so many columns at most."""
     for gmem in (dim, round_up(dim, 16)):
         for smem in range(round_up(gmem, 16), round_up(gmem, 64) + 1, 16):
             for tile in (64, 32, 16):
-                is_whole = smem % (parts * tile) == 0
-                if is_whole and tma_can_tile(gmem, tile):
+                if tile <= widest_tile and smem % tile == 0 and tma_can_tile(gmem, tile):
                     return Columns(gmem, smem, tile)
-    raise AssertionError(f"no layout for head dimension {dim} in {parts} parts")
+    raise AssertionError(f"no layout for head dimension {dim} in tiles of {widest_tile} columns")
 
 
 def tma_can_tile(columns: int, tile: int) -> bool:
