@@ -61,32 +61,13 @@ def set_product(acc: Any, *pairs: Pair) -> None:
 
     @plgpu.inline_mgpu(arg_types=tuple(types), return_type=result)
     def multiply(_, *operands):
-        shape = WGMMA_LAYOUT_ACC_32BIT.registers_shape((rows, columns))
         nvvm.wgmma_fence_aligned()
-        numbers: Any = None
+        numbers = None
         for a, b, tile, width in zip(operands[::2], operands[1::2], tiles, widths, strict=True):
             element = ir.MemRefType(a.type).element_type
             for starts, strides in _steps(a, b, tile, columns, width):
-                if numbers is None:
-                    numbers = _first_instruction(*starts, columns, element).reshape(shape)
-                    continue
-                numbers = wgmma_m64(
-                    numbers,
-                    *starts,
-                    a_transpose=False,
-                    b_transpose=False,
-                    a_k_stride=strides[0],
-                    b_k_stride=strides[1],
-                    n=columns,
-                    # Of the left operand's part: one instruction.
-                    swizzle=STEP_BYTES,
-                    a_element_type=element,
-                    b_element_type=element,
-                )
-        nvvm.wgmma_commit_group_sync_aligned()
-        return FragmentedArray(
-            _registers=numbers, _layout=WGMMA_LAYOUT_ACC_32BIT, _is_signed=None
-        ).to_layout(WGMMA_LAYOUT)
+                numbers = _add(numbers, starts, strides, columns, element)
+        return _committed(numbers)
 
     acc[...] = multiply(*(x for pair in pairs for x in (pair.a_smem, pair.b_smem)))
 
@@ -136,31 +117,52 @@ def set_product_over_rows(acc: Any, a_smem: Any, b_smem: Any, tiles: tuple[int, 
             b, swizzle=swizzles[1], group_size=(STEP, columns), logical_k_major=True
         )
         element = ir.MemRefType(a.type).element_type
-        shape = WGMMA_LAYOUT_ACC_32BIT.registers_shape((rows, columns))
         nvvm.wgmma_fence_aligned()
-        first = _first_instruction(a_start, b_start, columns, element, are_transposed=True)
-        numbers = first.reshape(shape)
-        for i in range(1, num_steps):
-            numbers = wgmma_m64(
-                numbers,
-                _moved(a_start, i * a_step),
-                _moved(b_start, i * b_step),
-                a_transpose=True,
-                b_transpose=True,
-                a_k_stride=a_step,
-                b_k_stride=b_step,
-                n=columns,
-                # Of the left operand's part: one instruction.
-                swizzle=STEP_BYTES,
-                a_element_type=element,
-                b_element_type=element,
-            )
-        nvvm.wgmma_commit_group_sync_aligned()
-        return FragmentedArray(
-            _registers=numbers, _layout=WGMMA_LAYOUT_ACC_32BIT, _is_signed=None
-        ).to_layout(WGMMA_LAYOUT)
+        numbers = None
+        for i in range(num_steps):
+            starts = _moved(a_start, i * a_step), _moved(b_start, i * b_step)
+            numbers = _add(numbers, starts, (a_step, b_step), columns, element, True)
+        return _committed(numbers)
 
     acc[...] = multiply_over_rows(a_smem, b_smem)
+
+
+def _add(
+    numbers: Any,
+    starts: tuple[Any, Any],
+    strides: tuple[int, int],
+    columns: int,
+    element: Any,
+    over_rows: bool = False,
+) -> Any:
+    """The registers and ``a @ b.T`` over `STEP` columns, or that alone where they are None.
+
+    Or ``a.T @ b`` over as many rows. starts: descriptors of both operands.
+    """
+    if numbers is None:
+        shape = WGMMA_LAYOUT_ACC_32BIT.registers_shape((INSTRUCTION_ROWS, columns))
+        return _first_instruction(*starts, columns, element, over_rows).reshape(shape)
+    return wgmma_m64(
+        numbers,
+        *starts,
+        a_transpose=over_rows,
+        b_transpose=over_rows,
+        a_k_stride=strides[0],
+        b_k_stride=strides[1],
+        n=columns,
+        # Of the left operand's part: one instruction.
+        swizzle=STEP_BYTES,
+        a_element_type=element,
+        b_element_type=element,
+    )
+
+
+def _committed(numbers: Any) -> Any:
+    """The matrix in the registers of products that have been issued."""
+    nvvm.wgmma_commit_group_sync_aligned()
+    layout = WGMMA_LAYOUT_ACC_32BIT
+    matrix = FragmentedArray(_registers=numbers, _layout=layout, _is_signed=None)
+    return matrix.to_layout(WGMMA_LAYOUT)
 
 
 def _moved(descriptor: Any, offset: int) -> Any:
@@ -170,14 +172,14 @@ def _moved(descriptor: Any, offset: int) -> Any:
 
 
 def _first_instruction(
-    a_descriptor: Any, b_descriptor: Any, columns: int, element: Any, are_transposed: bool = False
+    a_descriptor: Any, b_descriptor: Any, columns: int, element: Any, over_rows: bool = False
 ) -> Any:
     """The registers of ``a @ b.T`` over `STEP` columns: p is false, so nothing is added to it.
 
     Or of ``a.T @ b`` over as many rows.
     """
     count = columns // 2
-    numbers, order = ", ".join(f"${i}" for i in range(count)), int(are_transposed)
+    numbers, order = ", ".join(f"${i}" for i in range(count)), int(over_rows)
     ptx = (
         "{ .reg .pred p; setp.ne.b32 p, 0, 0; wgmma.mma_async.sync.aligned."
         f"m{INSTRUCTION_ROWS}n{columns}k{STEP}.f32.{element}.{element} "
