@@ -353,24 +353,31 @@ def mutation_problem(block_kv: int, module: str = "", function: str = "") -> Pro
 
     module, function: what is mutated; it may be there for bands of near tiles alone.
     """
-    config = BackwardConfig(64, block_kv, 2, 1, 2, False)
+    # A step commits what it has read where it stores no dS.
+    has_dq_kernel = (module, function) == ("backward_by_keys", "_step")
+    config = BackwardConfig(64, block_kv, 2, 1, 2, has_dq_kernel)
     q_len, dim = 300, 32
     q, k = jnp.ones((1, q_len, 3, dim), jnp.bfloat16), jnp.ones((1, 60, 1, dim), jnp.bfloat16)
     of_scores = jnp.ones((1, 1, q_len, 60))
     mask = pf.KvLengths(lengths(50)) & pf.DenseMask(of_scores > 0) & OfHeads(lengths(1, 0, 0)[None])
     mods = (pf.Bias(of_scores), pf.Bias(of_scores[:, :, :1]), pf.Bias(of_scores))
-    mod = pf.Chain(mods)
+    mod: Any = pf.Chain(mods)
     if function in ("_load_near", "scores_terms"):
         mod = pf.RelativeBias(jnp.ones((1, 8)), max_distance=40).bind(q_len, 60)
         # Or the producer waits for the end of the step before.
         config = dataclasses.replace(config, num_dout_stages=2)
+    if has_dq_kernel:
+        # Its gradients commit, too.
+        mod = None
     operands = Operands(q, k, k, mask, mod)
     row = jnp.ones((1, 3, q_len), jnp.float32)
     spec = AttentionSpec.of(operands, 0.1)
     return Problem(spec, with_backward(spec, config), operands, (q, row, q, row), None, None)
 
 
-@pytest.mark.parametrize("of", [(64,), (128,), (128, "", "_load_near")], ids=str)
+@pytest.mark.parametrize(
+    "of", [(64,), (128,), (128, "", "_load_near"), (128, "backward_by_keys", "_step")], ids=str
+)
 def test_the_kernel_that_is_mutated_below_has_no_races(of):
     assert not interpret(mutation_problem(*of))[1]
 

@@ -152,12 +152,17 @@ def _step(
         x = weight_factors(part, are_kept, dp, delta)
         # 0 where P is, since dP is finite there (`scrub`). Without the scale.
         ds = (weights.scores * x).astype(kernel.spec.dtype)
-        backward_dq.store(kernel, t, own, ds)
+        if not config.has_dq_kernel:
+            backward_dq.store(kernel, t, own, ds)
         if not dp_follows:
             # Ahead of the fence, which takes some hundred cycles: 2.43 ms for 2.54, 4 x 4096 x 32 x
             # 64 full, 1.40 for 1.45 causal, but 2.16 for 2.11 at 16 x 128 full. H100, JAX 0.11.2.
             plgpu.wgmma(dk_acc, ds, q_smem)
-        backward_dq.hand_over(kernel, t)
+        if not config.has_dq_kernel:
+            backward_dq.hand_over(kernel, t)
+        elif part.reads_smem or not (s_starts and dp_starts):
+            # What is read by ordinary loads TMA overwrites.
+            plgpu.commit_smem()
         if dp_follows:
             plgpu.wgmma(dk_acc, ds, q_smem)
         of_arrays = array_gradients_of(part, terms, s, jnp.abs(weights.p), x)

@@ -42,16 +42,14 @@ def wait_for_place(kernel: Kernel, t: Any) -> None:
 
 
 def store(kernel: Kernel, t: Any, rows: Any, ds: Any) -> None:
-    """A math warpgroup stores some rows of dS of step `t`, where this kernel adds to dQ."""
-    if kernel.smem.ds is not None:
-        kernel.smem.ds.at[stage(t, _num_places(kernel)), rows][...] = ds
+    """A math warpgroup stores some rows of dS of step `t`."""
+    kernel.smem.ds.at[stage(t, _num_places(kernel)), rows][...] = ds
 
 
 def hand_over(kernel: Kernel, t: Any) -> None:
     """It commits what it has stored, and what it has read, and says that its dS is there."""
     plgpu.commit_smem()
-    if kernel.smem.ds_ready is not None:
-        plgpu.barrier_arrive(kernel.smem.ds_ready.at[stage(t, _num_places(kernel))])
+    plgpu.barrier_arrive(kernel.smem.ds_ready.at[stage(t, _num_places(kernel))])
 
 
 def wait_for_last(kernel: Kernel) -> None:
